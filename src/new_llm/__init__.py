@@ -1,0 +1,34 @@
+"""New-LLM: language models whose memory of a text is one vector that settles at a fixed point.
+
+The public names are loaded when they are first used, so that `import new_llm` stays fast.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ConvexCell": "cell",
+    "LayerwiseCell": "cell",
+    "SequentialCell": "cell",
+    "RunConfig": "config",
+    "preset": "config",
+    "FixedPoint": "fixed_point",
+    "solve": "fixed_point",
+    "NewLLM": "model",
+    "load_checkpoint": "checkpoint",
+    "run": "pipeline",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'new_llm' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,352 @@
+"""The cells: one gated network that updates a context from a token, `context' = f(context, x)`.
+
+Search, training, inference and generation all call the one `update` of a cell. No loop and no
+loss lives here. Axes: `C` context width, `E` embedding width, `H` hidden width, `L` layers.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# sup |phi'|: SiLU at x = 2.3994, GELU at x = sqrt(2), tanh at 0; rounded up
+LIPSCHITZ = {"silu": 1.0999, "gelu": 1.1290, "tanh": 1.0}
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "tanh": torch.tanh}
+# larger limits only bound the training; a larger start was measured to be worse
+LARGEST_INITIAL_COUPLING = 0.95
+
+Weights = tuple[Tensor, ...]
+
+
+class ContextCell(nn.Module, ABC):
+    """Contract of every cell: contexts `[..., C]` and embeddings `[..., E]` to contexts `[..., C]`.
+
+    One update is split, so that loops do only what depends on the context:
+    `update(context, project(x), weights())`. `project` holds all that the token alone decides
+    and is one matrix product for a whole text; `weights` are the tensors that an update needs,
+    with every limit applied, taken once a loop.
+    """
+
+    context_width: int
+    embedding_width: int
+
+    @abstractmethod
+    def project(self, x: Tensor) -> Tensor:
+        """Return the token's part of the update, `[..., E]` to `[..., P]`."""
+
+    @abstractmethod
+    def weights(self) -> Weights:
+        """Return the tensors of an update, differentiable, with limits applied."""
+
+    @abstractmethod
+    def update(self, context: Tensor, projected: Tensor, weights: Weights) -> Tensor:
+        """Return `f(context, x)`, `[..., C]` and `[..., P]` to `[..., C]`."""
+
+    def search_map(self, context: Tensor, projected: Tensor, weights: Weights) -> Tensor:
+        """Return the map that token scope iterates; it has the fixed points of `update`."""
+        return self.update(context, projected, weights)
+
+    @property
+    def separates_gate(self) -> bool:
+        """Whether `update` is `forget * context + (1 - forget) * search_map`."""
+        return False
+
+    def forward(self, context: Tensor, x: Tensor) -> Tensor:
+        """Return `f(context, x)`."""
+        return self.update(context, self.project(x), self.weights())
+
+
+def _gate(hidden: Tensor, context: Tensor, weight: Tensor, bias: Tensor, norm: Weights) -> Tensor:
+    """The seeds' gate: `LayerNorm(forget * context + input * delta)`, all three from `hidden`."""
+    delta, forget, insert = F.linear(hidden, weight, bias).chunk(3, dim=-1)
+    mixed = torch.sigmoid(forget) * context + torch.sigmoid(insert) * torch.tanh(delta)
+    return F.layer_norm(mixed, mixed.shape[-1:], norm[0], norm[1])
+
+
+class _SeedCell(ContextCell):
+    """What both seed cells share: hidden layers, gates, N(0, 0.02), dropout and clip."""
+
+    def __init__(
+        self,
+        context_width: int,
+        embedding_width: int,
+        hidden_width: int,
+        *,
+        input_widths: list[int],
+        num_gates: int,
+        dropout: float,
+        clip: float | None,
+        initialisation: str,
+    ) -> None:
+        super().__init__()
+        self.context_width = context_width
+        self.embedding_width = embedding_width
+        self.dropout = dropout
+        self.clip = clip
+        self.hidden = nn.ModuleList(nn.Linear(width, hidden_width) for width in input_widths)
+        # delta, forget and input gate of one layer are one product
+        self.gates = nn.ModuleList(
+            nn.Linear(hidden_width, 3 * context_width) for _ in range(num_gates)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(context_width) for _ in range(num_gates))
+        if initialisation == "normal":
+            for linear in [*self.hidden, *self.gates]:
+                nn.init.normal_(linear.weight, std=0.02)  # pyright: ignore[reportArgumentType]
+                nn.init.zeros_(linear.bias)  # pyright: ignore[reportArgumentType]
+
+    def weights(self) -> Weights:
+        """Return the parameters; the token's columns of `[x, c]` layers are left in `project`."""
+        return tuple(self.parameters())
+
+    def _phi(self, preactivation: Tensor) -> Tensor:
+        return F.dropout(F.relu(preactivation), self.dropout, self.training)
+
+    def _clipped(self, context: Tensor) -> Tensor:
+        return context if self.clip is None else context.clamp(-self.clip, self.clip)
+
+    def _split(self, weights: Weights) -> tuple[list[Weights], list[Weights], list[Weights]]:
+        """Sort `parameters()` back into (weight, bias) pairs of hidden layers, gates, norms."""
+        pairs = [weights[i : i + 2] for i in range(0, len(weights), 2)]
+        num_hidden, num_gates = len(self.hidden), len(self.gates)
+        gates_end = num_hidden + num_gates
+        return pairs[:num_hidden], pairs[num_hidden:gates_end], pairs[gates_end:]
+
+
+@final
+class SequentialCell(_SeedCell):
+    """`h = phi_L(... phi_1([x, c]))`, then one gate at the end.
+
+    Source: the founding documents, "Sequential Architecture".
+
+    >>> cell = SequentialCell(8, 6, 16, num_layers=2)
+    >>> cell(torch.zeros(3, 8), torch.ones(3, 6)).shape
+    torch.Size([3, 8])
+    """
+
+    def __init__(
+        self,
+        context_width: int,
+        embedding_width: int,
+        hidden_width: int,
+        *,
+        num_layers: int = 2,
+        dropout: float = 0.0,
+        clip: float | None = None,
+        initialisation: str = "normal",
+    ) -> None:
+        first = embedding_width + context_width
+        super().__init__(
+            context_width,
+            embedding_width,
+            hidden_width,
+            input_widths=[first] + [hidden_width] * (num_layers - 1),
+            num_gates=1,
+            dropout=dropout,
+            clip=clip,
+            initialisation=initialisation,
+        )
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return the token's part of the first layer, `[..., H]`."""
+        first = self.hidden[0]
+        return F.linear(x, first.weight[:, : self.embedding_width], first.bias)  # pyright: ignore
+
+    def update(self, context: Tensor, projected: Tensor, weights: Weights) -> Tensor:
+        """Return `f(context, x)`."""
+        hidden, (gate,), (norm,) = self._split(weights)
+        h = self._phi(projected + F.linear(context, hidden[0][0][:, self.embedding_width :]))
+        for weight, bias in hidden[1:]:
+            h = self._phi(F.linear(h, weight, bias))
+        return self._clipped(_gate(h, context, gate[0], gate[1], norm))
+
+
+@final
+class LayerwiseCell(_SeedCell):
+    """For every layer `h = phi_l([x, c]); c = gate_l(h, c)`: each layer moves the context.
+
+    Source: the founding documents, "Layer-wise Architecture".
+
+    >>> cell = LayerwiseCell(8, 6, 16, num_layers=3)
+    >>> cell(torch.zeros(3, 8), torch.ones(3, 6)).shape
+    torch.Size([3, 8])
+    """
+
+    def __init__(
+        self,
+        context_width: int,
+        embedding_width: int,
+        hidden_width: int,
+        *,
+        num_layers: int = 2,
+        dropout: float = 0.0,
+        clip: float | None = None,
+        initialisation: str = "normal",
+    ) -> None:
+        super().__init__(
+            context_width,
+            embedding_width,
+            hidden_width,
+            input_widths=[embedding_width + context_width] * num_layers,
+            num_gates=num_layers,
+            dropout=dropout,
+            clip=clip,
+            initialisation=initialisation,
+        )
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return the token's part of every layer, `[..., L * H]`."""
+        weight = torch.cat([layer.weight[:, : self.embedding_width] for layer in self.hidden])  # pyright: ignore
+        return F.linear(x, weight, torch.cat([layer.bias for layer in self.hidden]))  # pyright: ignore
+
+    def update(self, context: Tensor, projected: Tensor, weights: Weights) -> Tensor:
+        """Return `f(context, x)`."""
+        hidden, gates, norms = self._split(weights)
+        parts = projected.chunk(len(hidden), dim=-1)
+        for part, (weight, _), gate, norm in zip(parts, hidden, gates, norms, strict=True):
+            h = self._phi(part + F.linear(context, weight[:, self.embedding_width :]))
+            context = self._clipped(_gate(h, context, gate[0], gate[1], norm))
+        return context
+
+
+@final
+class ConvexCell(ContextCell):
+    """A true convex combination: `f(c, x) = forget * c + (1 - forget) * delta(c, x)`.
+
+    `forget` depends on the token alone; `delta = tanh(W_d phi(W_x x + W_c c) + b_d)`. The coupling
+    `q2 = Lip(phi) * norm2(W_d) * norm2(W_c)` is kept under `coupling_limit` by scaling both
+    matrices. With `q2 < 1` the fixed point of a token exists, is unique, does not depend on
+    `forget`, and iterating `delta` finds it at rate `q2` (Banach). No norm touches the carried
+    context: it would multiply the Jacobian and undo the damping.
+
+    Source: gates from the token alone, minGRU (arXiv:2410.01201); spectral parametrisation by
+    power iteration (arXiv:1802.05957), here on the product of two norms.
+
+    >>> cell = ConvexCell(8, 6, 16, coupling_limit=0.9)
+    >>> cell(torch.zeros(3, 8), torch.ones(3, 6)).shape
+    torch.Size([3, 8])
+    >>> cell.coupling()["q2"] <= 0.9001
+    True
+    """
+
+    power_iterations = 2  # a training step; weights move little, so warm starts stay close
+
+    def __init__(
+        self,
+        context_width: int,
+        embedding_width: int,
+        hidden_width: int,
+        *,
+        coupling_limit: float = 0.95,
+        activation: str = "silu",
+        forget_max: float = 0.999,
+        longest_timescale: float = 300.0,
+    ) -> None:
+        super().__init__()
+        self.context_width = context_width
+        self.embedding_width = embedding_width
+        self.hidden_width = hidden_width
+        self.coupling_limit = coupling_limit
+        self.activation = activation
+        self.forget_max = forget_max
+        self.from_token = nn.Linear(embedding_width, hidden_width)
+        self.from_context = nn.Linear(context_width, hidden_width, bias=False)
+        self.to_delta = nn.Linear(hidden_width, context_width)
+        self.to_forget = nn.Linear(embedding_width, context_width)
+        self.register_buffer("context_direction", torch.ones(context_width))
+        self.register_buffer("delta_direction", torch.ones(hidden_width))
+        self._initialise(longest_timescale)
+
+    @torch.no_grad()
+    def _initialise(self, longest_timescale: float) -> None:
+        nn.init.normal_(self.from_token.weight, std=self.embedding_width**-0.5)
+        nn.init.zeros_(self.from_token.bias)
+        # orthogonal: Gaussian weights at the same q2 leave delta nearly blind to the context
+        start = min(self.coupling_limit, LARGEST_INITIAL_COUPLING) / LIPSCHITZ[self.activation]
+        nn.init.orthogonal_(self.from_context.weight, gain=math.sqrt(start))
+        nn.init.orthogonal_(self.to_delta.weight, gain=math.sqrt(start) if start else 1.0)
+        nn.init.zeros_(self.to_delta.bias)
+        nn.init.normal_(self.to_forget.weight, std=0.02)
+        timescale = torch.logspace(0.0, math.log10(longest_timescale), self.context_width)
+        share = (torch.exp(-1.0 / timescale) / self.forget_max).clamp(max=1.0 - 1e-4)
+        self.to_forget.bias.copy_(torch.logit(share))
+        self.sharpen()
+
+    def train(self, mode: bool = True) -> "ConvexCell":
+        """Switch the mode; entering evaluation first makes the norm estimates exact."""
+        if self.training and not mode:
+            self.sharpen()
+        super().train(mode)
+        return self
+
+    @torch.no_grad()
+    def sharpen(self) -> None:
+        """Set the singular directions, on which the limit rests, from a full decomposition."""
+        for weight, direction in self._coupled():
+            direction.copy_(torch.linalg.svd(weight.float())[2][0])
+
+    def _coupled(self) -> list[tuple[Tensor, Tensor]]:
+        context_direction = self.get_buffer("context_direction")
+        delta_direction = self.get_buffer("delta_direction")
+        return [
+            (self.from_context.weight, context_direction),
+            (self.to_delta.weight, delta_direction),
+        ]
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return `[W_x x + b_x, forget]`, `[..., H + C]`."""
+        forget = self.forget_max * torch.sigmoid(self.to_forget(x))
+        return torch.cat([self.from_token(x), forget], dim=-1)
+
+    def weights(self) -> Weights:
+        """Return `W_c`, `W_d` with the coupling limit applied, and `b_d`.
+
+        In training the norms follow the weights by a few power iterations; the gradient flows
+        through them.
+        """
+        norms = []
+        for weight, direction in self._coupled():
+            if self.training and torch.is_grad_enabled():
+                with torch.no_grad():
+                    followed = direction.clone()
+                    for _ in range(self.power_iterations):
+                        followed = F.normalize(weight.T @ (weight @ followed), dim=0)
+                    direction.copy_(followed)
+            norms.append((weight @ direction.clone()).norm())
+        if self.coupling_limit == 0.0:
+            from_context = torch.zeros_like(self.from_context.weight)
+            return from_context, self.to_delta.weight, self.to_delta.bias
+        q2 = LIPSCHITZ[self.activation] * norms[0] * norms[1]
+        scale = (self.coupling_limit / q2.clamp(min=self.coupling_limit)).sqrt()
+        return self.from_context.weight * scale, self.to_delta.weight * scale, self.to_delta.bias
+
+    def search_map(self, context: Tensor, projected: Tensor, weights: Weights) -> Tensor:
+        """Return `delta(context, x)`: the gate does not move the fixed point, so it is left out."""
+        from_context, to_delta, bias = weights
+        preactivation = projected[..., : self.hidden_width] + F.linear(context, from_context)
+        return torch.tanh(F.linear(ACTIVATIONS[self.activation](preactivation), to_delta, bias))
+
+    def update(self, context: Tensor, projected: Tensor, weights: Weights) -> Tensor:
+        """Return `f(context, x)`."""
+        forget = projected[..., self.hidden_width :]
+        return torch.lerp(self.search_map(context, projected, weights), context, forget)
+
+    @property
+    def separates_gate(self) -> bool:
+        """Whether `update` is `forget * context + (1 - forget) * search_map`: always, here."""
+        return True
+
+    @torch.no_grad()
+    def coupling(self) -> dict[str, float]:
+        """Return `q2` and `q_inf` of the weights in use, by full decomposition.
+
+        `q2 < 1` proves a unique fixed point in token scope; `q_inf < 1` proves that gate-scan
+        contracts in sequence scope. The norm of the product `W_d W_c` would prove nothing.
+        """
+        from_context, to_delta, _ = (weight.double() for weight in self.weights())
+        lipschitz = LIPSCHITZ[self.activation]
+        norm2 = torch.linalg.matrix_norm(to_delta, 2) * torch.linalg.matrix_norm(from_context, 2)
+        rows = (to_delta.abs() @ from_context.abs()).sum(dim=1)
+        return {"q2": lipschitz * norm2.item(), "q_inf": lipschitz * rows.max().item()}

@@ -1,0 +1,100 @@
+"""What a person sees while work goes on: progress with rate and time left, tables, lines."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console as RichConsole
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+
+class Advance(Protocol):
+    """Moves a progress bar and says how things stand."""
+
+    def __call__(self, amount: float = 1, note: str = "") -> None:
+        """Add `amount` to what is done."""
+        ...
+
+
+class _Rate(ProgressColumn):
+    """Units a second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.1f}/s")
+
+
+class Console:
+    """Writes to the terminal; a quiet one shows results but no progress.
+
+    >>> console = Console(quiet=True)
+    >>> with console.track("reading", total=3) as advance:
+    ...     advance(3, "done")
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._rich = RichConsole(highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def track(self, description: str, total: float | None) -> Iterator[Advance]:
+        """Show a progress bar while the block runs."""
+        if self.quiet:
+            yield lambda amount=1, note="": None
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self._rich) as progress:
+            task = progress.add_task(description, total=total, note="")
+
+            def advance(amount: float = 1, note: str = "") -> None:
+                progress.update(task, advance=amount, note=note)
+
+            yield advance
+
+    def say(self, text: str) -> None:
+        """Print a line of progress; a quiet console leaves it out."""
+        if not self.quiet:
+            self.show(text)
+
+    def show(self, text: str) -> None:
+        """Print a line of the result."""
+        self._rich.print(text, markup=False)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Print a table of the result."""
+        table = Table(title=title, title_justify="left")
+        for number, name in enumerate(columns):
+            table.add_column(name, justify="left" if number == 0 else "right")
+        for row in rows:
+            table.add_row(*(format_cell(value) for value in row))
+        self._rich.print(table)
+
+
+def format_cell(value: object) -> str:
+    """Return a table cell: numbers to four significant digits, None as a dash.
+
+    >>> format_cell(0.123456), format_cell(None), format_cell(3), format_cell(True)
+    ('0.1235', '-', '3', 'yes')
+    """
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,138 @@
+"""Writing so that nothing is ever half-written: temporary name, sync, rename; and checksums."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError, DiskFullError
+
+_BLOCK_BYTES = 1 << 22
+# what must stay free beside a large file, so that logs and checkpoints still fit
+_MARGIN_BYTES = 64 << 20
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `target`, in place of what was there, if all goes well.
+
+    Raises:
+        DiskFullError: there was no room; `target` is as it was.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part, old = target.with_name(f".{target.name}.part"), target.with_name(f".{target.name}.old")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir()
+        yield part
+        for path in sorted(part.rglob("*")):
+            if path.is_file():
+                _sync(path)
+        _sync(part)
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            target.rename(old)
+        part.rename(target)
+        _sync(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise disk_error(error, target) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def recover_folder(target: Path) -> None:
+    """Put back the folder that an interrupted swap had moved aside."""
+    old = target.with_name(f".{target.name}.old")
+    if old.exists() and not target.exists():
+        old.rename(target)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or nothing.
+
+    Raises:
+        DiskFullError: there was no room; the file is as it was.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        _sync(part)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise disk_error(error, path) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as readable JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, kind: str) -> Any:
+    """Read a JSON file that this package wrote.
+
+    Raises:
+        CheckpointError: it is missing or damaged; `kind` says what it should have been.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{kind} expected, but there is no {path}; check the folder's name"
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{kind} expected, but {path} is damaged ({error})") from None
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as hex digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def require_space(folder: Path, num_bytes: int) -> None:
+    """Check that a file of `num_bytes` will fit before it is begun.
+
+    Raises:
+        DiskFullError: it will not.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes + _MARGIN_BYTES:
+        raise DiskFullError(
+            f"{num_bytes / 1e6:.0f} MB must be written to {folder}, which has "
+            f"{free / 1e6:.0f} MB left; free some space and run the same command again"
+        )
+
+
+def disk_error(error: OSError, path: Path) -> Exception:
+    """Return the error a user can act on, for an operating system error while writing `path`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFullError(
+            f"{path} must be written, but the disk is full; "
+            "free some space and run the same command again"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        return CheckpointError(
+            f"{path} must be written, but that is not allowed ({error.strerror}); "
+            "choose another --out"
+        )
+    return error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,332 @@
+"""The language model: embed, cells, read-out. The only place where they meet.
+
+Axes: `B` sequences, `T` positions, `K` blocks, `C` context width, `E` embedding width,
+`V` vocabulary. A context of the model is `[B, K, C]` and is copied and forked as a whole.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .cell import ContextCell, ConvexCell, LayerwiseCell, SequentialCell
+from .config import ModelConfig, SolverConfig
+from .fixed_point import FixedPoint, solve
+from .recurrence import scan
+
+
+def build_cell(config: ModelConfig) -> ContextCell:
+    """Return a new cell of the configured kind.
+
+    >>> type(build_cell(ModelConfig(cell="convex"))).__name__
+    'ConvexCell'
+    """
+    widths = (config.context_width, config.embedding_width, config.hidden_width)
+    if config.cell == "convex":
+        return ConvexCell(
+            *widths,
+            coupling_limit=config.coupling_limit,
+            activation=config.activation,
+            forget_max=config.forget_max,
+            longest_timescale=config.longest_timescale,
+        )
+    seed_cell = SequentialCell if config.cell == "sequential" else LayerwiseCell
+    return seed_cell(
+        *widths,
+        num_layers=config.num_layers,
+        dropout=config.dropout,
+        clip=config.clip,
+        initialisation=config.initialisation,
+    )
+
+
+class Block(nn.Module):
+    """One cell and its read-out: `h + W_o norm(context)`, then a residual MLP."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.embedding_width
+        self.norm = nn.LayerNorm(width)
+        self.cell = build_cell(config)
+        self.context_norm = nn.LayerNorm(config.context_width)
+        self.out = nn.Linear(config.context_width, width, bias=False)
+        nn.init.normal_(self.out.weight, std=config.context_width**-0.5)
+        self.mlp = None
+        if config.mlp_width:
+            self.mlp = nn.Sequential(
+                nn.LayerNorm(width),
+                nn.Linear(width, config.mlp_width),
+                nn.SiLU(),
+                nn.Linear(config.mlp_width, width),
+            )
+            nn.init.zeros_(self.mlp[3].weight)  # pyright: ignore[reportArgumentType]
+            nn.init.zeros_(self.mlp[3].bias)  # pyright: ignore[reportArgumentType]
+
+    def read(self, h: Tensor, contexts: Tensor) -> Tensor:
+        """Add what the contexts say to the stream: `[..., E]` and `[..., C]` to `[..., E]`."""
+        h = h + self.out(self.context_norm(contexts))
+        return h if self.mlp is None else h + self.mlp(h)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenSearch:
+    """Fixed points of single tokens, block after block."""
+
+    contexts: Tensor
+    """Contexts as delivered, `[N, K, C]`."""
+    blocks: tuple[FixedPoint, ...]
+    """The record of each block's search."""
+    inputs: tuple[Tensor, ...]
+    """What each block's cell read, `[N, E]`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelOutput:
+    """What the model says after each position."""
+
+    features: Tensor
+    """Normalised stream before the vocabulary, `[B, T, E]`."""
+    context: Tensor
+    """Context after the last position, `[B, K, C]`."""
+
+
+class NewLLM(nn.Module):
+    """A language model whose memory of a text is one context.
+
+    Args:
+        config: shape of the model.
+        vocab_size: tokens of the vocabulary, role tokens included.
+        solver: stop rule of the search, which a token-scope model reads every token with.
+
+    >>> model = NewLLM(ModelConfig(context_width=8, embedding_width=8, hidden_width=8), 50)
+    >>> ids = torch.tensor([[3, 1, 4], [1, 5, 9]])
+    >>> output = model(ids)
+    >>> model.logits(output.features).shape, output.context.shape
+    (torch.Size([2, 3, 50]), torch.Size([2, 2, 8]))
+    """
+
+    def __init__(
+        self, config: ModelConfig, vocab_size: int, solver: SolverConfig | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.solver = solver or SolverConfig()
+        width = config.embedding_width
+        self.embedding = nn.Embedding(vocab_size, width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.embedding_norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
+        self.final_norm = nn.LayerNorm(width)
+        self.readout = nn.Linear(width, vocab_size, bias=False)
+        if config.tied_readout:
+            self.readout.weight = self.embedding.weight
+        else:
+            nn.init.normal_(self.readout.weight, std=0.02)
+
+    def cells(self) -> list[ContextCell]:
+        """Return the cell of each block."""
+        return [block.cell for block in self._blocks()]
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+    def initial_context(self, batch: int) -> Tensor:
+        """Return the context before any text: zeros, `[B, K, C]`."""
+        shape = (batch, self.config.num_blocks, self.config.context_width)
+        return self.embedding.weight.new_zeros(shape)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return the layer-normalised embeddings of token ids, `[...]` to `[..., E]`."""
+        return self.embedding_norm(self.embedding(ids))
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Project features to the vocabulary, `[..., E]` to `[..., V]`."""
+        return self.readout(features)
+
+    def forward(
+        self,
+        ids: Tensor,
+        context: Tensor | None = None,
+        *,
+        starts: Tensor | None = None,
+        real: Tensor | None = None,
+        contexts: Tensor | None = None,
+    ) -> ModelOutput:
+        """Read token ids and return features and the context that follows.
+
+        Args:
+            ids: token ids, `[B, T]`.
+            context: context before the first position, `[B, K, C]`; None is zeros.
+            starts: where a dialogue begins, `[B, T]` bool; the context before it counts as zero.
+            real: False at padding, on either side, `[B, T]` bool; padding holds the context.
+            contexts: contexts after each position, already known, `[B, T, K, C]`.
+        """
+        if context is None:
+            context = self.initial_context(len(ids))
+        if contexts is None and self.config.scope == "token":
+            contexts = self.rest(ids, self.search_distinct(ids))
+        h = self.embed(ids)
+        last = []
+        for k, block in enumerate(self._blocks()):
+            if contexts is None:
+                after = scan(block.cell, block.norm(h), context[:, k], starts=starts, real=real)
+            else:
+                after = contexts[:, :, k]
+                if real is not None:
+                    after = _hold(after, context[:, k], real)
+            last.append(after[:, -1])
+            h = block.read(h, after)
+        return ModelOutput(features=self.final_norm(h), context=torch.stack(last, dim=1))
+
+    def stream_contexts(
+        self,
+        ids: Tensor,
+        context: Tensor,
+        *,
+        starts: Tensor | None = None,
+        real: Tensor | None = None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return what each block's cell reads, `[B, T, E]`, and its contexts, `[B, T, C]`."""
+        h = self.embed(ids)
+        inputs, contexts = [], []
+        for k, block in enumerate(self._blocks()):
+            inputs.append(block.norm(h))
+            contexts.append(scan(block.cell, inputs[-1], context[:, k], starts=starts, real=real))
+            h = block.read(h, contexts[-1])
+        return inputs, contexts
+
+    @torch.no_grad()
+    def search(self, ids: Tensor, solver: SolverConfig | None = None) -> TokenSearch:
+        """Find the fixed points of distinct token ids from zero, `[N]`, with frozen weights.
+
+        The blocks are solved one after another: each reads what the one before settled at.
+        """
+        solver = solver or self.solver
+        h = self.embed(ids)
+        found, inputs = [], []
+        for block in self._blocks():
+            x = block.norm(h)
+            initial = h.new_zeros(len(ids), self.config.context_width)
+            point = solve_tokens(block.cell, x, initial, solver)
+            found.append(point)
+            inputs.append(x)
+            h = block.read(h, point.context)
+        contexts = torch.stack([point.context for point in found], dim=1)
+        return TokenSearch(contexts=contexts, blocks=tuple(found), inputs=tuple(inputs))
+
+    def search_distinct(self, ids: Tensor) -> Tensor:
+        """Return the delivered contexts of ids, each distinct one solved once, `[..., K, C]`."""
+        distinct, place = ids.unique(return_inverse=True)
+        return self.search(distinct).contexts[place]
+
+    def rest(self, ids: Tensor, delivered: Tensor) -> Tensor:
+        """Return `f(c*.detach(), x)` of delivered contexts, `[B, T, K, C]`: one-step gradient.
+
+        Source: the one-step (Jacobian-free) gradient, Fung et al. 2022 (arXiv:2103.12803).
+        """
+        block = self._blocks()[0]
+        x = block.norm(self.embed(ids))
+        return block.cell(delivered.detach()[:, :, 0], x)[:, :, None]
+
+
+def solve_tokens(cell: ContextCell, x: Tensor, initial: Tensor, solver: SolverConfig) -> FixedPoint:
+    """Search the fixed points of a cell for token inputs `[N, E]` from contexts `[N, C]`."""
+    projected, weights = cell.project(x), cell.weights()
+    return solve(
+        lambda context, rows: cell.search_map(context, projected[rows], weights),
+        initial,
+        metric=solver.metric,
+        tolerance=solver.tolerance,
+        max_iterations=solver.max_iterations,
+        warmup=solver.warmup,
+        damping=solver.damping,
+        method=solver.method,
+    )
+
+
+def _hold(contexts: Tensor, initial: Tensor, real: Tensor) -> Tensor:
+    """Replace contexts at padding by the last real one before it, or by `initial`."""
+    positions = torch.arange(real.shape[1], device=real.device)
+    last_real = torch.where(real, positions, -1).cummax(dim=1).values
+    held = contexts.gather(1, last_real.clamp(min=0)[..., None].expand_as(contexts))
+    return torch.where((last_real >= 0)[..., None], held, initial[:, None])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenLosses:
+    """Cross-entropy of chosen positions."""
+
+    loss: Tensor
+    """Weighted sum, differentiable."""
+    nats: Tensor
+    """Negative log-likelihood of each position, `[N]`, detached."""
+    correct: Tensor
+    """Whether the most likely token is the target, `[N]`."""
+
+
+def token_losses(
+    features: Tensor, readout: Tensor, targets: Tensor, weights: Tensor, *, chunk: int
+) -> TokenLosses:
+    """Return the cross-entropy of `features @ readout.T` without ever holding all logits.
+
+    Args:
+        features: `[N, E]`, only positions that count.
+        readout: vocabulary matrix, `[V, E]`.
+        targets: token ids, `[N]`.
+        weights: share of each position in the loss, `[N]`.
+        chunk: positions projected at once.
+
+    Source: gradients taken chunk by chunk in the forward pass, as in Liger Kernel
+    (arXiv:2410.10989).
+
+    >>> losses = token_losses(torch.zeros(3, 2), torch.zeros(5, 2), torch.tensor([0, 1, 2]),
+    ...                       torch.full((3,), 1 / 3), chunk=2)
+    >>> round(losses.loss.item(), 4)
+    1.6094
+    """
+    loss, nats, correct = _ChunkedCrossEntropy.apply(features, readout, targets, weights, chunk)  # pyright: ignore[reportGeneralTypeIssues]
+    return TokenLosses(loss=loss, nats=nats, correct=correct)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        features, readout, targets, weights, chunk = inputs
+        wants_features, wants_readout = ctx.needs_input_grad[:2]
+        grad_features = torch.empty_like(features) if wants_features else None
+        grad_readout = torch.zeros_like(readout) if wants_readout else None
+        nats = features.new_empty(len(features), dtype=torch.float32)
+        correct = torch.empty(len(features), dtype=torch.bool, device=features.device)
+        for start in range(0, len(features), chunk):
+            part = slice(start, start + chunk)
+            logits = (features[part] @ readout.T).float()
+            correct[part] = logits.argmax(dim=-1) == targets[part]
+            log_total = logits.logsumexp(dim=-1)
+            nats[part] = log_total - logits.gather(1, targets[part, None])[:, 0]
+            if wants_features or wants_readout:
+                slope = logits.sub_(log_total[:, None]).exp_()
+                slope.scatter_add_(1, targets[part, None], -torch.ones_like(log_total)[:, None])
+                slope = slope.mul_(weights[part, None]).to(features.dtype)
+                if grad_features is not None:
+                    torch.mm(slope, readout, out=grad_features[part])
+                if grad_readout is not None:
+                    grad_readout.addmm_(slope.T, features[part])
+        ctx.save_for_backward(grad_features, grad_readout)
+        ctx.mark_non_differentiable(nats, correct)
+        return (nats * weights).sum(), nats, correct
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad_features, grad_readout = ctx.saved_tensors
+        if grad_features is not None:
+            grad_features = grad_features * grads[0]
+        if grad_readout is not None:
+            grad_readout = grad_readout * grads[0]
+        return grad_features, grad_readout, None, None, None
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Return the number of trainable and fixed parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,423 @@
+"""Phase 1: train a cell until iterating it settles. Embeddings and read-out stay fixed.
+
+Searching with frozen weights is not training: `train` changes weights, `measure_convergence`
+does not. Axes: `N` tokens, `E` embedding width, `C` context width.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cell import ContextCell
+from .config import Phase1Config, SolverConfig
+from .console import Advance, Console
+from .doctor import THRESHOLDS
+from .errors import NonFiniteError
+from .model import NewLLM
+from .recurrence import scan
+
+# float32 of a variance near zero has no useful gradient of its root below this
+_VARIANCE_FLOOR = 1e-4
+# share of a context's size that separates the contexts of a near pair
+_NEAR = 0.05
+Log = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LiteralEpoch:
+    """One pass of the literal loop over its tokens."""
+
+    convergence_rate: float
+    """Share of visited positions whose loss fell under the threshold."""
+    mean_iterations: float
+    """Mean inner iterations a position, as trained."""
+    mean_loss: float
+    """Mean over positions of the last inner loss."""
+    num_positions: int
+    """Positions visited."""
+
+
+def train_residual_literal(
+    cell: ContextCell,
+    embed: Callable[[Tensor], Tensor],
+    dialogues: Sequence[np.ndarray],
+    config: Phase1Config,
+    *,
+    advance: Advance | None = None,
+) -> list[LiteralEpoch]:
+    """Train as the seeds' loop does: token by token, one Adam step an inner iteration.
+
+    For every position: `context` from zero; up to `max_iterations` times the loss
+    `MSE(f(context, x), context)`, clip, Adam step, `context <-` the value computed before the step;
+    stop once that loss is under `threshold`. One Adam over the cell's weights for all positions.
+
+    Args:
+        cell: trained in place, with dropout as it is configured.
+        embed: token ids `[N]` to what the cell reads, `[N, E]`.
+        dialogues: token ids of each dialogue; positions to be left out are not in them.
+        config: epochs, literal learning rate, inner iterations, threshold, clip.
+        advance: called once a position.
+
+    Raises:
+        NonFiniteError: the loss became NaN or infinite.
+
+    Source: the founding documents, "Phase 1 Training Loop".
+    """
+    parameters = list(cell.parameters())
+    optimiser = torch.optim.Adam(parameters, lr=config.literal_learning_rate)
+    cell.train()
+    epochs = []
+    for _ in range(config.epochs):
+        converged = iterations = visited = 0
+        total = 0.0
+        for ids in dialogues:
+            with torch.no_grad():
+                embeddings = embed(torch.as_tensor(ids, dtype=torch.long))
+            for x in embeddings:
+                context = x.new_zeros(cell.context_width)
+                loss_value = math.inf
+                for _ in range(config.max_iterations):
+                    updated = cell.search_map(context, cell.project(x), cell.weights())
+                    loss = F.mse_loss(updated, context)
+                    optimiser.zero_grad(set_to_none=True)
+                    loss.backward()
+                    torch.nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
+                    optimiser.step()
+                    context, loss_value = updated.detach(), loss.item()
+                    iterations += 1
+                    if loss_value < config.threshold:
+                        converged += 1
+                        break
+                _require_finite(loss_value, "residual loss", visited)
+                total += loss_value
+                visited += 1
+                if advance is not None:
+                    advance(1, f"loss {loss_value:.2e}")
+        count = max(visited, 1)
+        epochs.append(
+            LiteralEpoch(
+                convergence_rate=converged / count,
+                mean_iterations=iterations / count,
+                mean_loss=total / count,
+                num_positions=visited,
+            )
+        )
+    return epochs
+
+
+def train_residual(
+    cell: ContextCell, x: Tensor, config: Phase1Config, *, seed: int, log: Log, advance: Advance
+) -> None:
+    """Train on `MSE(f(c, x), c.detach())` with all distinct tokens `[N, E]` in batches.
+
+    The batched form of the literal loop: a batch is iterated together, one Adam step an inner
+    iteration on the mean over its tokens, until the mean loss is under the threshold; each distinct
+    token counts once an epoch, however often it occurs.
+    """
+    optimiser = torch.optim.Adam(cell.parameters(), lr=config.learning_rate)
+    generator = torch.Generator().manual_seed(seed)
+    cell.train()
+    step = 0
+    for epoch in range(config.epochs):
+        for rows in torch.randperm(len(x), generator=generator).split(config.batch_size):
+            context = x.new_zeros(len(rows), cell.context_width)
+            for _ in range(config.max_iterations):
+                if config.max_steps is not None and step >= config.max_steps:
+                    return
+                updated = cell.search_map(context, cell.project(x[rows]), cell.weights())
+                loss = F.mse_loss(updated, context)
+                value = _step(optimiser, cell, loss, config, step)
+                context = updated.detach()
+                step += 1
+                if value < config.threshold:
+                    break
+            log({"stage": "phase1", "step": step, "epoch": epoch, "loss": value})
+            advance(1, f"loss {value:.2e}")
+
+
+def train_repetition(
+    cell: ContextCell, x: Tensor, config: Phase1Config, *, seed: int, log: Log, advance: Advance
+) -> None:
+    """Train on `MSE(c[t], c[t - cycle])` over repeated phrases, context carried.
+
+    Phrases are drawn at random from the tokens `[N, E]`; the first cycle has nothing before it.
+    The earlier context is the target and is detached.
+
+    Source: the founding documents, "Repetition Training".
+    """
+    optimiser = torch.optim.Adam(cell.parameters(), lr=config.learning_rate)
+    generator = torch.Generator().manual_seed(seed)
+    cell.train()
+    cycle = config.cycle_length
+    for step in range(_num_steps(len(x), config)):
+        shape = (config.batch_size, cycle)
+        phrase = torch.randint(len(x), shape, generator=generator)
+        text = x[phrase].repeat(1, config.num_cycles, 1)
+        contexts = scan(cell, text, x.new_zeros(len(text), cell.context_width))
+        loss = F.mse_loss(contexts[:, cycle:], contexts[:, :-cycle].detach())
+        value = _step(optimiser, cell, loss, config, step)
+        log({"stage": "phase1", "step": step + 1, "loss": value})
+        advance(1, f"loss {value:.2e}")
+
+
+def train_contractive(
+    cell: ContextCell, x: Tensor, config: Phase1Config, *, seed: int, log: Log, advance: Advance
+) -> None:
+    """Train contraction and spread together: every token settles, each at a place of its own.
+
+    A hinge keeps the ratio of context pairs, near and far, from zero and random starts, under the
+    target; a residual is taken at visited contexts; variance and covariance over the batch keep
+    tokens apart. Without these two a cell is drawn to one constant, usually zero. The ratio is that
+    of the map that is iterated: for ConvexCell a hinge on `f` would destroy its memory.
+
+    Source: variance and covariance terms, VICReg (arXiv:2105.04906).
+    """
+    optimiser = torch.optim.Adam(cell.parameters(), lr=config.learning_rate)
+    generator = torch.Generator().manual_seed(seed)
+    cell.train()
+    total = _num_steps(len(x), config)
+    size = 0.5 if cell.separates_gate else 1.0  # tanh reaches 1, a layer norm has RMS 1
+    for step in range(total):
+        rows = torch.randint(len(x), (config.batch_size,), generator=generator)
+        projected, weights = cell.project(x[rows]), cell.weights()
+
+        def draw() -> Tensor:
+            shape = (config.batch_size, cell.context_width)
+            return torch.randn(shape, generator=generator).to(x)
+
+        context = draw()
+        context[::2] = 0.0
+        with torch.no_grad():
+            for _ in range(config.visited_iterations):
+                context = cell.search_map(context, projected, weights)
+        near = context + _NEAR * size * draw()
+        far = size * draw()
+        moved, moved_near, moved_far, moved_zero = cell.search_map(
+            torch.cat([context, near, far, torch.zeros_like(far)]),
+            projected.repeat(4, 1),
+            weights,
+        ).chunk(4)
+        ratios = torch.cat(
+            [
+                _ratio(moved, moved_near, context, near),
+                _ratio(moved, moved_far, context, far),
+                _ratio(moved_far, moved_zero, far, torch.zeros_like(far)),
+            ]
+        )
+        hinge = F.relu(ratios - config.contraction_target).square().mean()
+        length = moved.detach().square().sum(dim=-1).clamp(min=1e-6)
+        residual = ((moved - context).square().sum(dim=-1) / length).mean()
+        variance, covariance = spread_terms(moved, size)
+        loss = config.variance_weight * variance + config.covariance_weight * covariance
+        if step >= config.spread_steps:
+            loss = loss + 10.0 * hinge + config.residual_weight * residual
+        value = _step(optimiser, cell, loss, config, step)
+        log(
+            {
+                "stage": "phase1",
+                "step": step + 1,
+                "loss": value,
+                "residual": residual.item(),
+                "factor": ratios.max().item(),
+                "variance": variance.item(),
+                "covariance": covariance.item(),
+            }
+        )
+        advance(1, f"loss {value:.3f} factor {ratios.max().item():.2f}")
+
+
+def spread_terms(contexts: Tensor, size: float) -> tuple[Tensor, Tensor]:
+    """Return VICReg's variance and covariance terms of contexts `[N, C]`.
+
+    The first is the mean shortfall of each coordinate's standard deviation from `size`; the second
+    the summed squares off the diagonal of the covariance over C, both relative to `size`.
+
+    >>> spread_terms(torch.zeros(4, 2), 1.0)[0] > 0.9
+    tensor(True)
+    """
+    centred = (contexts - contexts.mean(dim=0)) / size
+    deviation = (centred.var(dim=0) + _VARIANCE_FLOOR).sqrt()
+    covariance = centred.T @ centred / (len(centred) - 1)
+    off_diagonal = covariance - torch.diag(covariance.diagonal())
+    return F.relu(1.0 - deviation).mean(), off_diagonal.square().sum() / contexts.shape[-1]
+
+
+def _ratio(moved: Tensor, other_moved: Tensor, context: Tensor, other: Tensor) -> Tensor:
+    apart = (context - other).norm(dim=-1).clamp(min=1e-6)
+    return (moved - other_moved).norm(dim=-1) / apart
+
+
+def pair_hinge(cell: ContextCell, x: Tensor, contexts: Tensor, target: float) -> Tensor:
+    """Return the hinge on near pairs at given contexts, for training that must keep contraction.
+
+    Inputs `[N, E]` and the contexts `[N, C]` that were carried into them.
+    """
+    context = contexts.detach()
+    near = context + _NEAR * torch.randn_like(context)
+    projected, weights = cell.project(x), cell.weights()
+    moved, other = cell.search_map(
+        torch.cat([context, near]), projected.repeat(2, 1), weights
+    ).chunk(2)
+    return F.relu(_ratio(moved, other, context, near) - target).square().mean()
+
+
+def _num_steps(num_tokens: int, config: Phase1Config) -> int:
+    by_epochs = config.epochs * math.ceil(num_tokens / config.batch_size)
+    return by_epochs if config.max_steps is None else config.max_steps
+
+
+def _step(
+    optimiser: torch.optim.Optimizer,
+    cell: ContextCell,
+    loss: Tensor,
+    config: Phase1Config,
+    step: int,
+) -> float:
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    value = loss.item()
+    _require_finite(value, "Phase 1 loss", step)
+    torch.nn.utils.clip_grad_norm_(cell.parameters(), config.gradient_clip)
+    optimiser.step()
+    return value
+
+
+def _require_finite(value: float, what: str, step: int) -> None:
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"{what} must stay finite, got {value} in step {step + 1}; "
+            "lower --phase1.learning-rate and use a new --out"
+        )
+
+
+OBJECTIVES = {
+    "residual": train_residual,
+    "repetition": train_repetition,
+    "contractive": train_contractive,
+}
+
+
+def train(
+    model: NewLLM,
+    ids: Tensor,
+    dialogues: Sequence[np.ndarray],
+    config: Phase1Config,
+    *,
+    seed: int,
+    console: Console,
+    log: Log,
+) -> None:
+    """Train the cell of every block on distinct token ids `[N]`, one block after another.
+
+    A block reads what the blocks before it settle at, so those are trained and frozen first.
+    `residual` begins with `literal_dialogues` of the given dialogues.
+    """
+    objective = OBJECTIVES[config.objective]
+    num_cells = len(model.cells())
+    for k, cell in enumerate(model.cells()):
+        model.eval()
+        x = model.search(ids).inputs[k].detach()
+        name = f"phase 1 {config.objective}" + (f", block {k + 1}" if num_cells > 1 else "")
+        if config.objective == "residual" and config.literal_dialogues:
+            _literal(model, cell, k, dialogues[: config.literal_dialogues], config, console, log)
+        batches = math.ceil(len(ids) / config.batch_size)
+        by_steps = config.objective != "residual"
+        total = _num_steps(len(ids), config) if by_steps else config.epochs * batches
+        with console.track(name, total) as advance:
+            objective(
+                cell,
+                x,
+                config,
+                seed=seed + k,
+                log=lambda row, k=k: log({"block": k + 1, **row}),
+                advance=advance,
+            )
+    model.eval()
+
+
+def _literal(
+    model: NewLLM,
+    cell: ContextCell,
+    k: int,
+    dialogues: Sequence[np.ndarray],
+    config: Phase1Config,
+    console: Console,
+    log: Log,
+) -> None:
+    total = config.epochs * sum(len(ids) for ids in dialogues)
+    with console.track("phase 1 residual, token by token", total) as advance:
+        epochs = train_residual_literal(
+            cell, lambda ids: model.search(ids).inputs[k], dialogues, config, advance=advance
+        )
+    for number, epoch in enumerate(epochs, start=1):
+        log(
+            {
+                "stage": "phase1-literal",
+                "epoch": number,
+                "loss": epoch.mean_loss,
+                "convergence_rate": epoch.convergence_rate,
+                "mean_iterations": epoch.mean_iterations,
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Convergence:
+    """How a frozen model converges on tokens, by one metric and stop rule."""
+
+    ids: Tensor
+    """Distinct token ids, `[N]`."""
+    converged: Tensor
+    """Whether every block of a token converged, `[N]`."""
+    num_iterations: Tensor
+    """Iterations of the slowest block, `[N]`."""
+    change: Tensor
+    """Last change, the largest over blocks, `[N]`."""
+    curve: Tensor
+    """Quantiles of the first block's change after each iteration, `[K, 3]`."""
+
+    def summary(self, counts: Tensor | None = None) -> dict[str, float | None]:
+        """Return rate, mean iterations and mean last change, tokens weighted by `counts` `[N]`."""
+        weight = torch.ones(len(self.ids)) if counts is None else counts.float()
+        weight = weight / weight.sum().clamp(min=1.0)
+        done = weight * self.converged
+        mean_converged = None
+        if done.sum() > 0:
+            mean_converged = ((done * self.num_iterations).sum() / done.sum()).item()
+        return {
+            "convergence_rate": done.sum().item(),
+            "mean_iterations": (weight * self.num_iterations).sum().item(),
+            "mean_iterations_converged": mean_converged,
+            "mean_change": (weight * self.change).sum().item(),
+        }
+
+    def of_dialogue(self, ids: np.ndarray) -> dict[str, float | None]:
+        """Return the summary over the positions of one dialogue."""
+        counts = torch.bincount(torch.as_tensor(ids, dtype=torch.long), minlength=1)
+        padded = torch.zeros(int(max(self.ids.max() + 1, len(counts))))
+        padded[: len(counts)] = counts.float()
+        return self.summary(padded[self.ids])
+
+
+SEED_SOLVER = SolverConfig(metric="mse", tolerance=THRESHOLDS.gate_metric_mse, max_iterations=50)
+
+
+def measure_convergence(
+    model: NewLLM, ids: Tensor, solver: SolverConfig = SEED_SOLVER
+) -> Convergence:
+    """Search the fixed points of distinct ids `[N]` from zero, weights frozen, evaluation mode."""
+    model.eval()
+    found = model.search(ids, solver).blocks
+    return Convergence(
+        ids=ids.cpu(),
+        converged=torch.stack([point.converged for point in found]).all(dim=0).cpu(),
+        num_iterations=torch.stack([point.num_iterations for point in found]).amax(dim=0).cpu(),
+        change=torch.stack([point.change for point in found]).amax(dim=0).cpu(),
+        curve=found[0].curve,
+    )
