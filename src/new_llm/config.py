@@ -183,6 +183,8 @@ class Phase1Config:
     """`contractive`: first steps that train the spread of contexts only, without the hinge."""
     visited_iterations: int = 8
     """`contractive`: iterations whose contexts are visited in a step."""
+    hinge_weight: float = 10.0
+    """`contractive`: weight of the hinge on ratios of context pairs."""
     residual_weight: float = 1.0
     """`contractive`: weight of the residual at visited contexts."""
     variance_weight: float = 1.0
@@ -207,7 +209,7 @@ class Phase1Config:
         _require(self, "contraction_target", 0.0 < self.contraction_target < 1.0, "in (0, 1)")
         _require(self, "spread_steps", self.spread_steps >= 0, "at least 0")
         _require(self, "visited_iterations", self.visited_iterations >= 1, "at least 1")
-        for name in ("residual_weight", "variance_weight", "covariance_weight"):
+        for name in ("hinge_weight", "residual_weight", "variance_weight", "covariance_weight"):
             _require(self, name, getattr(self, name) >= 0.0, "at least 0")
         _require(self, "cycle_length", self.cycle_length >= 1, "at least 1")
         _require(self, "num_cycles", self.num_cycles >= 2, "at least 2")

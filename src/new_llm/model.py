@@ -63,6 +63,11 @@ class Block(nn.Module):
             nn.init.zeros_(self.mlp[3].weight)  # pyright: ignore[reportArgumentType]
             nn.init.zeros_(self.mlp[3].bias)  # pyright: ignore[reportArgumentType]
 
+    def read_out(self) -> list[nn.Module]:
+        """Return the modules that read contexts and that no cell of this block reads."""
+        modules: list[nn.Module] = [self.context_norm, self.out]
+        return modules if self.mlp is None else [*modules, self.mlp]
+
     def read(self, h: Tensor, contexts: Tensor) -> Tensor:
         """Add what the contexts say to the stream: `[..., E]` and `[..., C]` to `[..., E]`."""
         h = h + self.out(self.context_norm(contexts))
@@ -128,6 +133,10 @@ class NewLLM(nn.Module):
     def cells(self) -> list[ContextCell]:
         """Return the cell of each block."""
         return [block.cell for block in self._blocks()]
+
+    def read_outs(self) -> list[list[nn.Module]]:
+        """Return the read-out modules of each block."""
+        return [block.read_out() for block in self._blocks()]
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]

@@ -191,23 +191,24 @@ def train_contractive(
             shape = (config.batch_size, cell.context_width)
             return torch.randn(shape, generator=generator).to(x)
 
-        context = draw()
-        context[::2] = 0.0
+        context, other = torch.zeros_like(draw()), size * draw()
         with torch.no_grad():
             for _ in range(config.visited_iterations):
                 context = cell.search_map(context, projected, weights)
-        near = context + _NEAR * size * draw()
-        far = size * draw()
-        moved, moved_near, moved_far, moved_zero = cell.search_map(
-            torch.cat([context, near, far, torch.zeros_like(far)]),
-            projected.repeat(4, 1),
-            weights,
-        ).chunk(4)
+                other = cell.search_map(other, projected, weights)
+        # what is left between two runs lies along the direction that shrinks least
+        apart = F.normalize(other - context + 1e-3 * size * draw(), dim=-1)
+        near = context + _NEAR * size * math.sqrt(cell.context_width) * apart
+        zero, far = torch.zeros_like(other), size * draw()
+        moved, moved_other, moved_near, moved_far, moved_zero = cell.search_map(
+            torch.cat([context, other, near, far, zero]), projected.repeat(5, 1), weights
+        ).chunk(5)
         ratios = torch.cat(
             [
                 _ratio(moved, moved_near, context, near),
+                _ratio(moved, moved_other, context, other),
                 _ratio(moved, moved_far, context, far),
-                _ratio(moved_far, moved_zero, far, torch.zeros_like(far)),
+                _ratio(moved_far, moved_zero, far, zero),
             ]
         )
         hinge = F.relu(ratios - config.contraction_target).square().mean()
@@ -216,7 +217,7 @@ def train_contractive(
         variance, covariance = spread_terms(moved, size)
         loss = config.variance_weight * variance + config.covariance_weight * covariance
         if step >= config.spread_steps:
-            loss = loss + 10.0 * hinge + config.residual_weight * residual
+            loss = loss + config.hinge_weight * hinge + config.residual_weight * residual
         value = _step(optimiser, cell, loss, config, step)
         log(
             {
@@ -235,17 +236,20 @@ def train_contractive(
 def spread_terms(contexts: Tensor, size: float) -> tuple[Tensor, Tensor]:
     """Return VICReg's variance and covariance terms of contexts `[N, C]`.
 
-    The first is the mean shortfall of each coordinate's standard deviation from `size`; the second
-    the summed squares off the diagonal of the covariance over C, both relative to `size`.
+    The first is the mean shortfall of a coordinate's standard deviation from `size`, and the mean
+    square of its mean, which would make all contexts alike; the second the summed squares off the
+    diagonal of the covariance over C. All are relative to `size`.
 
     >>> spread_terms(torch.zeros(4, 2), 1.0)[0] > 0.9
     tensor(True)
     """
-    centred = (contexts - contexts.mean(dim=0)) / size
+    mean = contexts.mean(dim=0)
+    centred = (contexts - mean) / size
     deviation = (centred.var(dim=0) + _VARIANCE_FLOOR).sqrt()
     covariance = centred.T @ centred / (len(centred) - 1)
     off_diagonal = covariance - torch.diag(covariance.diagonal())
-    return F.relu(1.0 - deviation).mean(), off_diagonal.square().sum() / contexts.shape[-1]
+    offset = (mean / size).square().mean()
+    return F.relu(1.0 - deviation).mean() + offset, off_diagonal.square().sum() / contexts.shape[-1]
 
 
 def _ratio(moved: Tensor, other_moved: Tensor, context: Tensor, other: Tensor) -> Tensor:

@@ -1,0 +1,236 @@
+"""A checkpoint: one folder with weights, shape and tokenizer; whole or not there at all.
+
+`config.json` says what the model is, `model.safetensors` holds the weights and `tokenizer.json`
+the vocabulary. Nothing is loaded that can run code.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .cell import ConvexCell
+from .config import ModelConfig, SolverConfig, fingerprint, from_dict, to_dict
+from .data import ChatTokenizer
+from .errors import CheckpointError, ConfigError
+from .files import atomic_folder, read_json, recover_folder, sha256, write_json
+from .model import NewLLM
+
+FORMAT_VERSION = 1
+WEIGHTS = "model.safetensors"
+# relative difference of q2 computed again from the same weights, on another machine
+_SAME_COUPLING = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A model with the tokenizer that it was trained with."""
+
+    model: NewLLM
+    tokenizer: ChatTokenizer
+    config: dict[str, Any]
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Return 16 hex digits over every tensor's name, shape and bytes."""
+    digest = {
+        name: fingerprint([list(tensor.shape), _bytes_digest(tensor)])
+        for name, tensor in model.state_dict().items()
+    }
+    return fingerprint(digest)
+
+
+def _bytes_digest(tensor: Tensor) -> str:
+    plain = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(plain.numpy().data).hexdigest()
+
+
+def save_checkpoint(folder: Path, model: NewLLM, tokenizer: ChatTokenizer) -> None:
+    """Write a checkpoint folder, replacing the one that was there only when all is written.
+
+    Raises:
+        DiskFullError: there was no room; the old checkpoint is as it was.
+    """
+    with atomic_folder(folder) as part:
+        save_weights(part / WEIGHTS, model)
+        tokenizer.save(part)
+        write_json(
+            part / "config.json",
+            {
+                "format_version": FORMAT_VERSION,
+                "model_type": "new_llm",
+                "vocab_size": model.vocab_size,
+                "model": to_dict(model.config),
+                "solver": to_dict(model.solver),
+                "tokenizer": tokenizer.fingerprint,
+                "weights_sha256": sha256(part / WEIGHTS),
+                "coupling": couplings(model),
+            },
+        )
+
+
+def couplings(model: NewLLM) -> list[dict[str, float]]:
+    """Return `q2` and `q_inf` of each ConvexCell, by full decomposition."""
+    return [cell.coupling() for cell in model.cells() if isinstance(cell, ConvexCell)]
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Write every tensor of a model once; a shared read-out is not written twice."""
+    tensors = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    if isinstance(model, NewLLM) and model.config.tied_readout:
+        del tensors["readout.weight"]
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+
+
+def load_tensors(path: Path, kind: str) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        CheckpointError: it is missing or damaged; `kind` says what it should have been.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{kind} expected, but there is no {path}; the folder is incomplete")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{kind} expected, but {path} is damaged ({error}); train or copy it again"
+        ) from None
+
+
+def load_weights(path: Path, model: NewLLM) -> None:
+    """Fill a model from a safetensors file.
+
+    Raises:
+        CheckpointError: the file is damaged or of another shape.
+    """
+    tensors = load_tensors(path, "weights")
+    if model.config.tied_readout and "embedding.weight" in tensors:
+        tensors["readout.weight"] = tensors["embedding.weight"]
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[-1].strip()
+        raise CheckpointError(f"{path} must fit the model of config.json, but {first}") from None
+
+
+def resolve(folder: Path) -> Path:
+    """Return the checkpoint folder of a run's DIR or of the checkpoint itself.
+
+    Raises:
+        CheckpointError: neither is there.
+    """
+    inside = folder / "checkpoint"
+    recover_folder(inside)
+    for candidate in (inside, folder):
+        if (candidate / WEIGHTS).is_file() or (candidate / "tokenizer_config.json").is_file():
+            return candidate
+    raise CheckpointError(
+        f"a run's folder or its checkpoint expected, but {folder} holds no {WEIGHTS}; "
+        "name the folder given to --out"
+    )
+
+
+def load_checkpoint(folder: str | Path) -> Checkpoint:
+    """Load a checkpoint for inference, in evaluation mode, and check that it is whole.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, changed or of another format; the tokenizer
+            does not fit the model; the coupling is not the one that was written.
+    """
+    path = resolve(Path(folder))
+    config = read_json(path / "config.json", "a checkpoint's config")
+    version = config.get("format_version") if isinstance(config, dict) else None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"checkpoint format {FORMAT_VERSION} expected, {path} has {version}; "
+            "load it with the version that wrote it"
+        )
+    weights = path / WEIGHTS
+    if not weights.is_file() or sha256(weights) != config["weights_sha256"]:
+        raise CheckpointError(
+            f"{weights} must match the checksum in config.json, but it is truncated or changed; "
+            "copy or train the checkpoint again"
+        )
+    tokenizer = ChatTokenizer.load(path)
+    if tokenizer.vocab_size != config["vocab_size"] or tokenizer.fingerprint != config["tokenizer"]:
+        raise CheckpointError(
+            f"the checkpoint's own tokenizer expected ({config['vocab_size']} tokens, "
+            f"{config['tokenizer']}), {path} has one of {tokenizer.vocab_size} tokens "
+            f"({tokenizer.fingerprint}); put the original tokenizer.json back"
+        )
+    try:
+        model_config = from_dict(ModelConfig, config["model"])
+        solver = from_dict(SolverConfig, config["solver"])
+    except ConfigError as error:
+        raise CheckpointError(f"{path / 'config.json'} is damaged: {error}") from None
+    with torch.random.fork_rng(devices=[]):
+        model = NewLLM(model_config, config["vocab_size"], solver)
+    load_weights(weights, model)
+    model.eval()
+    for now, then in zip(couplings(model), config["coupling"], strict=True):
+        if abs(now["q2"] - then["q2"]) > _SAME_COUPLING * max(then["q2"], 1e-6):
+            raise CheckpointError(
+                f"coupling q2 of {then['q2']:.4f} is written in {path}, its weights have "
+                f"{now['q2']:.4f}; the checkpoint was changed, train or copy it again"
+            )
+    return Checkpoint(model=model, tokenizer=tokenizer, config=config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """What an interrupted Phase 2 needs to go on: tensors by name, and plain values."""
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+def save_training_state(
+    folder: Path, model: NewLLM, optimiser: torch.optim.Optimizer, state: TrainingState
+) -> None:
+    """Write weights, optimiser tensors and random state as safetensors, values as JSON."""
+    inner = optimiser.state_dict()["state"]
+    optimiser_tensors = {
+        f"{index}.{name}": value.detach().cpu().reshape(value.shape).clone().contiguous()
+        for index, slots in inner.items()
+        for name, value in slots.items()
+        if isinstance(value, Tensor)
+    }
+    with atomic_folder(folder) as part:
+        save_weights(part / WEIGHTS, model)
+        save_file(optimiser_tensors, part / "optimiser.safetensors")
+        others = {f"extra.{name}": value.cpu() for name, value in state.tensors.items()}
+        save_file(others | {"random": torch.get_rng_state()}, part / "extra.safetensors")
+        write_json(part / "state.json", state.values)
+
+
+def load_training_state(
+    folder: Path, model: NewLLM, optimiser: torch.optim.Optimizer
+) -> TrainingState | None:
+    """Put back what `save_training_state` wrote; None where there is nothing yet.
+
+    Raises:
+        CheckpointError: a file is damaged; delete the folder to train that phase again.
+    """
+    recover_folder(folder)
+    if not folder.is_dir():
+        return None
+    values = read_json(folder / "state.json", "a training state")
+    load_weights(folder / WEIGHTS, model)
+    saved = load_tensors(folder / "optimiser.safetensors", "an optimiser state")
+    full = optimiser.state_dict()
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, value in saved.items():
+        index, slot = name.split(".", 1)
+        slots.setdefault(int(index), {})[slot] = value
+    full["state"] = slots
+    optimiser.load_state_dict(full)
+    extra = load_tensors(folder / "extra.safetensors", "a training state")
+    torch.set_rng_state(extra.pop("random"))
+    tensors = {name.removeprefix("extra."): value for name, value in extra.items()}
+    return TrainingState(tensors=tensors, values=values)

@@ -1,0 +1,437 @@
+"""The command line: parses, calls, prints. Each command imports what it needs."""
+
+import contextlib
+import dataclasses
+import errno
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import tyro
+
+from .config import PRESETS, RunConfig, SampleConfig, preset
+from .console import Console
+from .errors import CheckpointError, ConfigError, DiskFullError, NewLLMError
+
+Options = TypeVar("Options")
+
+# short names of the options that everybody types
+_ALIASES = {"--data": "--data.source", "--valid": "--data.valid"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """A whole run, or one stage of it. Resumes an unfinished DIR."""
+
+    out: Path
+    """Folder of the run."""
+    quiet: bool = False
+    """Show results only, no progress."""
+    config: Annotated[RunConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=RunConfig
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Continue a prompt."""
+
+    checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CKPT")]
+    """A run's folder or its checkpoint."""
+    prompt: str
+    """Text to continue."""
+    sample: Annotated[SampleConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=SampleConfig
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """Talk to a checkpoint in the terminal; /reset forgets, /save and /load FILE keep a context."""
+
+    checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CKPT")]
+    """A run's folder or its checkpoint."""
+    sample: Annotated[SampleConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=SampleConfig
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Loss, perplexity, bits per byte and accuracy on dialogues."""
+
+    checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CKPT")]
+    """A run's folder or its checkpoint."""
+    data: str
+    """Dialogues: JSONL, Parquet or a hub name."""
+    split: str = "test_sft"
+    """Split, where the data is a hub name."""
+    json: Path | None = None
+    """Also write the result here."""
+    quiet: bool = False
+    """Show results only, no progress."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    """Measure fixed points and give a verdict; with data in sequence scope too."""
+
+    checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CKPT")]
+    """A run's folder or its checkpoint."""
+    data: str | None = None
+    """Held-out dialogues: JSONL, Parquet or a hub name."""
+    split: str = "test_sft"
+    """Split, where the data is a hub name."""
+    json: Path | None = None
+    """Also write the result here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabOptions:
+    """Repeat an experiment of the founding documents: their value, ours, agreement and why."""
+
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME|all")]
+    """The experiment."""
+    data: str | None = None
+    """Dialogues, for experiments on real text."""
+    out: Path | None = None
+    """Folder that keeps finished experiments, so that the command can be repeated."""
+    json: Path | None = None
+    """Also write the rows here."""
+    quiet: bool = False
+    """Show results only, no progress."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Write one HTML page of one or several finished runs."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="DIR...")]
+    """Folders of finished runs."""
+    out: Path
+    """The page."""
+
+
+def _run(options: RunOptions) -> None:
+    from .pipeline import Run
+
+    console = Console(quiet=options.quiet)
+    show_result(Run(options.config, options.out, console).finish(), options.out, console)
+
+
+def show_result(result: dict[str, Any], out: Path, console: Console) -> None:
+    """Print what a finished run found."""
+    evaluation = result["evaluation"]
+    rows: list[list[object]] = [
+        ["validation loss, nats a token", evaluation["loss"]],
+        ["Kneser-Ney bigram, same tokens", result["bigram_loss"]],
+        ["below the bigram", result["bigram_loss"] - evaluation["loss"]],
+        ["loss on assistant tokens", evaluation["loss_assistant"]],
+        ["perplexity", evaluation["perplexity"]],
+        ["bits per byte", evaluation["bits_per_byte"]],
+        ["accuracy", evaluation["accuracy"]],
+        ["tokens seen", result["tokens_seen"]],
+    ]
+    columns = ["metric", "converged", "mean iterations", "of the converged", "mean change"]
+    convergence = [
+        [
+            name,
+            f"{row['convergence_rate']:.1%}",
+            row["mean_iterations"],
+            row["mean_iterations_converged"],
+            row["mean_change"],
+        ]
+        for name, row in result["convergence"].items()
+    ]
+    console.table("Convergence of tokens after Phase 1", columns, convergence)
+    console.table("Result on held-out dialogues", ["quantity", "value"], rows)
+    for scope, diagnosis in result["verdict_final"].items():
+        if diagnosis is not None:
+            others = ", ".join(diagnosis["verdicts"][1:])
+            also = f" (also {others})" if others else ""
+            console.show(f"verdict, {scope} scope: {diagnosis['verdict']}{also}")
+            if diagnosis["verdict"] != "healthy":
+                console.show(f"  what to try: {diagnosis['advice'][0]}")
+    for sample in result["samples"]:
+        console.show(f"\n--- sample ---\n{sample['prompt']}{sample['text']}")
+    console.show(f"\nreport: {out / 'report.html'}\ncheckpoint: {out / 'checkpoint'}")
+
+
+def _phase1(options: RunOptions) -> None:
+    from .pipeline import Run
+
+    Run(options.config, options.out, Console(quiet=options.quiet)).phase1()
+
+
+def _cache(options: RunOptions) -> None:
+    from .pipeline import Run
+
+    Run(options.config, options.out, Console(quiet=options.quiet)).cache()
+
+
+def _phase2(options: RunOptions) -> None:
+    from .pipeline import Run
+
+    Run(options.config, options.out, Console(quiet=options.quiet)).phase2()
+
+
+def _generate(options: GenerateOptions) -> None:
+    from .checkpoint import load_checkpoint
+    from .generate import generate
+
+    loaded = load_checkpoint(options.checkpoint)
+    print(options.prompt + generate(loaded, options.prompt, options.sample))
+
+
+def _chat(options: ChatOptions) -> None:
+    from .checkpoint import load_checkpoint
+    from .generate import Conversation
+
+    conversation = Conversation(load_checkpoint(options.checkpoint), options.sample)
+    print("A conversation; /reset forgets it, /save FILE and /load FILE keep it, /quit ends.")
+    while True:
+        try:
+            text = input("you> ").strip()
+        except EOFError:
+            print()
+            return
+        command, _, argument = text.partition(" ")
+        try:
+            if command == "/quit":
+                return
+            if command == "/reset":
+                conversation.reset()
+            elif command in ("/save", "/load") and argument:
+                action = conversation.save if command == "/save" else conversation.load
+                action(Path(argument))
+            elif text.startswith("/"):
+                print("commands: /reset, /save FILE, /load FILE, /quit")
+            elif text:
+                print("bot> ", end="", flush=True)
+                for piece in conversation.reply(text):
+                    print(piece, end="", flush=True)
+                print()
+        except CheckpointError as error:
+            print(error)
+
+
+def _evaluate(options: EvaluateOptions) -> None:
+    from .checkpoint import load_checkpoint
+    from .data import temporary_store
+    from .evaluate import evaluate
+
+    loaded = load_checkpoint(options.checkpoint)
+    console = Console(quiet=options.quiet)
+    with (
+        temporary_store(options.data, options.split, loaded.tokenizer) as store,
+        console.track("evaluation", store.num_tokens) as advance,
+    ):
+        result = evaluate(loaded.model, store, advance=advance).to_dict()
+    console.table("Evaluation", ["quantity", "value"], list(result.items()))
+    _write_json(options.json, result)
+
+
+def _doctor(options: DoctorOptions) -> None:
+    from .checkpoint import load_checkpoint
+    from .data import temporary_store
+    from .evaluate import sequence_verdict, token_verdict
+
+    loaded = load_checkpoint(options.checkpoint)
+    console = Console()
+    diagnoses = [token_verdict(loaded.model)]
+    if options.data is not None:
+        with temporary_store(options.data, options.split, loaded.tokenizer) as store:
+            diagnoses.append(sequence_verdict(loaded.model, store, trained=True))
+    for diagnosis in diagnoses:
+        rows = [
+            [name, row.value, row.threshold, row.passed]
+            for name, row in diagnosis.measurements.items()
+        ]
+        console.table(f"{diagnosis.scope} scope", ["measurement", "value", "wanted", "ok"], rows)
+        console.show(f"verdict, {diagnosis.scope} scope: {', '.join(diagnosis.verdicts)}")
+        console.show("what to try: " + "; ".join(diagnosis.advice) + "\n")
+    token = diagnoses[0].to_dict()
+    _write_json(
+        options.json,
+        token if len(diagnoses) == 1 else token | {"sequence": diagnoses[1].to_dict()},
+    )
+
+
+def _lab(options: LabOptions) -> None:
+    from .lab import run_lab
+
+    console = Console(quiet=options.quiet)
+    rows = run_lab(options.name, data=options.data, out=options.out, console=console)
+    _write_json(options.json, rows)
+
+
+def _report(options: ReportOptions) -> None:
+    from .report import write_report
+
+    write_report(list(options.runs), options.out)
+    print(options.out)
+
+
+def _write_json(path: Path | None, value: Any) -> None:
+    from .files import write_json
+
+    if path is not None:
+        write_json(path, value)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: its options, what it calls, and whether a preset may stand before them."""
+
+    options: type
+    call: Callable[[Any], None]
+    takes_preset: bool = False
+
+
+COMMANDS = {
+    "run": Command(RunOptions, _run, takes_preset=True),
+    "phase1": Command(RunOptions, _phase1, takes_preset=True),
+    "cache": Command(RunOptions, _cache, takes_preset=True),
+    "phase2": Command(RunOptions, _phase2, takes_preset=True),
+    "generate": Command(GenerateOptions, _generate),
+    "chat": Command(ChatOptions, _chat),
+    "evaluate": Command(EvaluateOptions, _evaluate),
+    "doctor": Command(DoctorOptions, _doctor),
+    "lab": Command(LabOptions, _lab),
+    "report": Command(ReportOptions, _report),
+}
+
+_USAGE = """usage: new-llm COMMAND ...
+
+Language models whose memory of a text is one vector that settles at a fixed point.
+
+  run [PRESET] --out DIR [--data PATH|HUB_NAME] [--valid PATH] [--gate strict|seed]
+                         the whole job: data, Phase 1, verdict, cache, Phase 2, text, report
+  phase1, cache, phase2  one stage of it, same options
+  generate CKPT --prompt TEXT         continue a prompt
+  chat CKPT                           a conversation in the terminal
+  evaluate CKPT --data PATH           loss, perplexity, bits per byte, accuracy
+  doctor CKPT [--data PATH]           are the fixed points real? measurements and verdict
+  lab NAME|all                        an experiment of the founding documents
+  report DIR... --out FILE            one HTML page of one or several runs
+
+presets: {presets}
+`new-llm COMMAND --help` lists every option; `new-llm --version` prints the version.
+"""
+
+
+def parse(name: str, arguments: Sequence[str]) -> Any:
+    """Return the options of a command.
+
+    Raises:
+        ConfigError: an option or value is unknown, missing or out of range.
+        SystemExit: help was asked for and printed.
+    """
+    command = COMMANDS[name]
+    rest = list(arguments)
+    default: Any = tyro.MISSING
+    if command.takes_preset:
+        rest, chosen = _take_preset(rest)
+        default = RunOptions(out=tyro.MISSING, config=preset(chosen))  # pyright: ignore
+        rest = [_expand_alias(argument) for argument in rest]
+    return _parse_options(command.options, rest, default, f"new-llm {name}")
+
+
+def _expand_alias(argument: str) -> str:
+    option, equals, value = argument.partition("=")
+    return _ALIASES.get(option, option) + equals + value
+
+
+def _take_preset(arguments: list[str]) -> tuple[list[str], str]:
+    """Take the preset out of the arguments: the one word that is no option's value."""
+    flags = _flags(RunOptions)
+    for place, argument in enumerate(arguments):
+        before = arguments[place - 1] if place else ""
+        is_value = before.startswith("--") and "=" not in before and before not in flags
+        if not argument.startswith("-") and not is_value:
+            return arguments[:place] + arguments[place + 1 :], argument
+        if argument == "--preset" and place + 1 < len(arguments):
+            return arguments[:place] + arguments[place + 2 :], arguments[place + 1]
+    return arguments, "convex"
+
+
+def _flags(cls: type, prefix: str = "") -> set[str]:
+    """Return the options that take no value."""
+    flags: set[str] = set()
+    for name, hint in get_type_hints(cls).items():
+        option = name.replace("_", "-")
+        if dataclasses.is_dataclass(hint):
+            inner = "" if name == "config" else f"{prefix}{option}."
+            flags |= _flags(hint, inner)  # pyright: ignore[reportArgumentType]
+        elif hint is bool:
+            flags |= {f"--{prefix}{option}", f"--{prefix}no-{option}"}
+    return flags
+
+
+def _parse_options(cls: type[Options], arguments: list[str], default: Any, program: str) -> Options:
+    """Parse by tyro; what it draws as a box becomes one error of ours."""
+    complaint = io.StringIO()
+    keywords = {} if default is tyro.MISSING else {"default": default}
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(cls, args=arguments, prog=program, **keywords)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ConfigError(reword(complaint.getvalue(), program)) from None
+
+
+def reword(box: str, program: str) -> str:
+    r"""Return tyro's boxed complaint as one line.
+
+    >>> reword("╭─ Value error ─╮\n│ no such thing │\n│ ───── │\n│ more │\n╰──╯", "new-llm run")
+    'no such thing; see new-llm run --help'
+    """
+    lines = [line.strip("│ ").strip() for line in box.splitlines()]
+    lines = [line for line in lines if line and line[0] not in "╭╰"]
+    first = lines[: next((i for i, line in enumerate(lines) if set(line) == {"─"}), len(lines))]
+    text = re.sub(r" ?Got errors:.*", "", " ".join(first))
+    if "Missing from" in text or "Required" in text:
+        missing = ", ".join(re.findall(r"--[\w.-]+|CKPT|NAME\|all|DIR\.\.\.", " ".join(first)))
+        text = f"{program} needs {missing}"
+    meant = re.findall(r"^--[\w.-]+", "\n".join(lines[len(first) :]), flags=re.MULTILINE)
+    if "Unrecognized" in text and meant:
+        text += f"; perhaps {' or '.join(dict.fromkeys(meant))} was meant"
+    return f"{text.rstrip('.')}; see {program} --help"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2, 3 or 130."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_USAGE.format(presets=", ".join(PRESETS)))
+        return 0
+    if arguments[0] == "--version":
+        from . import __version__
+
+        print(f"new-llm {__version__}")
+        return 0
+    try:
+        name = arguments[0]
+        if name not in COMMANDS:
+            raise ConfigError(f"a command is one of {', '.join(COMMANDS)}; got {name!r}")
+        options = parse(name, arguments[1:])
+        COMMANDS[name].call(options)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except NewLLMError as error:
+        print(f"new-llm: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("new-llm: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print("new-llm: the disk is full; free some space and repeat", file=sys.stderr)
+        return DiskFullError.exit_code
+    return 0

@@ -1,0 +1,342 @@
+"""What a model is worth on held-out dialogues: losses, counts to compare with, and verdicts.
+
+The only place where a model is handed to the doctor.
+"""
+
+import itertools
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import SolverConfig
+from .console import Advance
+from .data import SegmentStream, TokenStore, held_out_ids
+from .doctor import (
+    THRESHOLDS,
+    Diagnosis,
+    SequenceSubject,
+    TokenSubject,
+    diagnose_sequence,
+    diagnose_tokens,
+    with_memory,
+    worst,
+)
+from .errors import DataError
+from .model import NewLLM, solve_tokens, token_losses
+from .recurrence import lyapunov_exponent, sweep
+
+# positions of held-out dialogues that sequence verdicts look at
+DIAGNOSED_SEQUENCES, DIAGNOSED_LENGTH = 8, 512
+# held-out ids that token verdicts look at: at least 4C of a wide model, and within memory
+MOST_DIAGNOSED_IDS = 8192
+_AGES = 256
+_LOSS_CHUNK = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Losses on held-out dialogues."""
+
+    loss: float
+    """Nats a token, all tokens but the first of each dialogue."""
+    perplexity: float
+    bits_per_byte: float
+    """Total nats over ln 2 and over the UTF-8 bytes of the messages' contents."""
+    accuracy: float
+    """Share of tokens that were the most likely one."""
+    loss_assistant: float | None
+    """Nats a token, assistant tokens only; None where there are none."""
+    num_tokens: int
+    """Tokens predicted."""
+    num_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+def head(store: TokenStore, num_tokens: int) -> TokenStore:
+    """Return the first whole dialogues of a store that hold about `num_tokens`."""
+    count = int(np.searchsorted(store.offsets[1:], num_tokens)) + 1
+    count = min(count, store.num_dialogues)
+    end = int(store.offsets[count])
+    return replace(
+        store,
+        tokens=store.tokens[:end],
+        assistant=store.assistant[:end],
+        offsets=store.offsets[: count + 1],
+        num_content_bytes=store.num_content_bytes[:count],
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    model: NewLLM,
+    store: TokenStore,
+    *,
+    batch_size: int = 16,
+    segment_length: int = 512,
+    advance: Advance | None = None,
+) -> Evaluation:
+    """Return the losses of a model on all dialogues of a store, contexts carried, dropout off.
+
+    Raises:
+        DataError: no token can be predicted.
+    """
+    was_training = model.training
+    model.eval()
+    stream = SegmentStream(
+        store,
+        batch_size=min(batch_size, store.num_dialogues),
+        segment_length=segment_length,
+        seed=None,
+    )
+    device = model.embedding.weight.device
+    context = model.initial_context(min(batch_size, store.num_dialogues))
+    nats = assistant_nats = 0.0
+    count = assistant_count = correct = 0
+    for index in range(stream.num_segments):
+        segment = stream.segment(0, index)
+        ids, targets, counts, starts, real, assistant = (
+            torch.from_numpy(part).to(device)
+            for part in (
+                segment.tokens,
+                segment.targets,
+                segment.counts,
+                segment.starts,
+                segment.real,
+                segment.assistant,
+            )
+        )
+        output = model(ids, context, starts=starts, real=real)
+        context = output.context
+        scored = token_losses(
+            output.features[counts],
+            model.readout.weight,
+            targets[counts],
+            torch.ones_like(targets[counts], dtype=torch.float32),
+            chunk=_LOSS_CHUNK,
+        )
+        chosen = assistant[counts]
+        nats += scored.nats.double().sum().item()
+        assistant_nats += scored.nats[chosen].double().sum().item()
+        count += len(scored.nats)
+        assistant_count += int(chosen.sum())
+        correct += int(scored.correct.sum())
+        if advance is not None:
+            advance(int(segment.real.sum()))
+    model.train(was_training)
+    if count == 0:
+        raise DataError("at least one token to predict expected, got none; give longer dialogues")
+    num_bytes = int(store.num_content_bytes.sum())
+    loss = nats / count
+    return Evaluation(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        bits_per_byte=nats / math.log(2.0) / max(num_bytes, 1),
+        accuracy=correct / count,
+        loss_assistant=assistant_nats / assistant_count if assistant_count else None,
+        num_tokens=count,
+        num_bytes=num_bytes,
+    )
+
+
+def kneser_ney_bigram(train: TokenStore, valid: TokenStore, vocab_size: int) -> float:
+    """Return the loss of an interpolated Kneser-Ney bigram, nats a token, counted on `train`.
+
+    One discount a count of 1, 2 and 3 or more, estimated from counts of counts; the unigram is the
+    continuation distribution, mixed with the uniform one for ids never seen. Dialogues are counted
+    and scored apart: no bigram crosses from one into another.
+
+    Source: Chen and Goodman 1998, "An empirical study of smoothing techniques".
+    """
+    pairs, counts = np.unique(_pairs(train, vocab_size), return_counts=True)
+    first, second = pairs // vocab_size, pairs % vocab_size
+    of_count = [int((counts == n).sum()) for n in range(1, 5)]
+    once, twice = max(of_count[0], 1), max(of_count[1], 1)
+    share = once / (once + 2 * twice)
+    discounts = np.zeros(4)
+    for n in range(1, 4):
+        ratio = of_count[n] / max(of_count[n - 1], 1)
+        discounts[n] = min(max(n - (n + 1) * share * ratio, 0.0), n)
+    discount = discounts[np.minimum(counts, 3)]
+    totals = np.bincount(first, weights=counts, minlength=vocab_size)
+    left_over = np.bincount(first, weights=discount, minlength=vocab_size)
+    continuations = np.bincount(second, minlength=vocab_size).astype(np.float64)
+    num_kinds = np.count_nonzero(continuations)
+    # the continuation counts are discounted once more, for ids that never followed anything
+    unigram_discount = 0.75
+    unigram = np.maximum(continuations - unigram_discount, 0.0) / continuations.sum()
+    unigram += unigram_discount * num_kinds / continuations.sum() / vocab_size
+    asked = _pairs(valid, vocab_size)
+    place = np.minimum(np.searchsorted(pairs, asked), len(pairs) - 1)
+    seen = pairs[place] == asked
+    before, after = asked // vocab_size, asked % vocab_size
+    total = np.maximum(totals[before], 1.0)
+    direct = np.where(seen, (counts[place] - discount[place]) / total, 0.0)
+    backoff = np.where(totals[before] > 0, left_over[before] / total, 1.0)
+    return float(-np.log(direct + backoff * unigram[after]).mean())
+
+
+def _pairs(store: TokenStore, vocab_size: int) -> np.ndarray:
+    """Return every bigram within a dialogue as `first * V + second`."""
+    tokens = np.asarray(store.tokens, dtype=np.int64)
+    inside = np.ones(len(tokens), dtype=bool)
+    inside[store.offsets[:-1]] = False
+    ends = np.flatnonzero(inside)
+    return tokens[ends - 1] * vocab_size + tokens[ends]
+
+
+@torch.no_grad()
+def token_verdict(model: NewLLM, ids: Tensor | None = None) -> Diagnosis:
+    """Judge the fixed points of held-out token ids, every block apart; the worst one counts."""
+    was_training = model.training
+    model.eval()
+    if ids is None:
+        width = model.config.context_width
+        held_out = held_out_ids(model.vocab_size, width)[:MOST_DIAGNOSED_IDS]
+        ids = torch.from_numpy(held_out)
+    found = model.search(ids.to(model.embedding.weight.device))
+    deep = SolverConfig(
+        metric="residual",
+        tolerance=THRESHOLDS.residual,
+        max_iterations=THRESHOLDS.max_iterations,
+    )
+    diagnoses = []
+    for k, cell in enumerate(model.cells()):
+        x = found.inputs[k]
+        projected, weights = cell.project(x), cell.weights()
+
+        def apply(
+            context: Tensor,
+            rows: Tensor,
+            cell: Any = cell,
+            projected: Tensor = projected,
+            weights: Any = weights,
+        ) -> Tensor:
+            return cell.search_map(context, projected[rows], weights)
+
+        subject = TokenSubject(
+            delivered=found.contexts[:, k],
+            apply=apply,
+            settle=lambda start, cell=cell, x=x: solve_tokens(cell, x, start, deep),
+            convex=cell.separates_gate,
+        )
+        diagnoses.append(diagnose_tokens(subject))
+    model.train(was_training)
+    return worst(diagnoses)
+
+
+@torch.no_grad()
+def sequence_verdict(model: NewLLM, store: TokenStore, *, trained: bool) -> Diagnosis:
+    """Judge the contexts carried through held-out dialogues; `trained`: after Phase 2."""
+    was_training = model.training
+    model.eval()
+    ids, starts, real = _diagnosed_text(store, model.embedding.weight.device)
+    zero = model.initial_context(len(ids))
+    inputs, contexts = model.stream_contexts(ids, zero, starts=starts, real=real)
+    diagnoses = []
+    for k, cell in enumerate(model.cells()):
+        x, initial = inputs[k], zero[:, k]
+        limit = THRESHOLDS.gate_scan_sweeps if cell.separates_gate else THRESHOLDS.jacobi_sweeps
+        swept = sweep(
+            cell,
+            x,
+            initial,
+            starts=starts,
+            real=real,
+            tolerance=THRESHOLDS.residual,
+            max_sweeps=limit,
+        )
+        exponent, decay = lyapunov_exponent(cell, x, initial, starts=starts, real=real)
+        small = (decay < 0.01).nonzero()
+        before = torch.cat([initial[:, None], contexts[k][:, :-1]], dim=1)[real & ~starts]
+        chosen = before[:: max(1, len(before) // 256)]
+        chosen_x = x[real & ~starts][:: max(1, len(before) // 256)]
+        projected, weights = cell.project(chosen_x), cell.weights()
+
+        def apply(
+            context: Tensor,
+            rows: Tensor,
+            cell: Any = cell,
+            projected: Tensor = projected,
+            weights: Any = weights,
+        ) -> Tensor:
+            return cell.search_map(context, projected[rows], weights)
+
+        diagnoses.append(
+            diagnose_sequence(
+                SequenceSubject(
+                    contexts=contexts[k][real],
+                    num_sweeps=swept.num_sweeps,
+                    residual=swept.residual[real].max().item(),
+                    lyapunov=exponent,
+                    decay_length=float(small[0]) + 1.0 if len(small) else math.inf,
+                    apply=apply,
+                    before=chosen,
+                    convex=cell.separates_gate,
+                )
+            )
+        )
+    gain, length = memory_gain(model, ids, starts, real)
+    model.train(was_training)
+    return with_memory(worst(diagnoses), gain_nats=gain, context_length=length, trained=trained)
+
+
+def _diagnosed_text(store: TokenStore, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    part = head(store, DIAGNOSED_SEQUENCES * DIAGNOSED_LENGTH)
+    batch = min(DIAGNOSED_SEQUENCES, part.num_dialogues)
+    stream = SegmentStream(part, batch_size=batch, segment_length=DIAGNOSED_LENGTH, seed=None)
+    segment = stream.segment(0, 0)
+    ids, starts, real = (
+        torch.from_numpy(value).to(device)
+        for value in (segment.tokens, segment.starts, segment.real)
+    )
+    return ids, starts, real
+
+
+@torch.no_grad()
+def memory_gain(model: NewLLM, ids: Tensor, starts: Tensor, real: Tensor) -> tuple[float, float]:
+    """Return what the carried context is worth, nats a token, and how far back it reaches.
+
+    The first is the loss with the context zeroed before every token, less the loss with it. The
+    second is the smallest number of tokens of context from which on the loss is within the amnesia
+    threshold of that of the whole context: the context is zeroed every 256 tokens and the loss is
+    compared position by position, by the tokens since.
+    """
+    follows = real[:, 1:] & ~starts[:, 1:]
+
+    def nats(cut: Tensor) -> Tensor:
+        features = model(ids, starts=cut, real=real).features[:, :-1][follows]
+        ones = torch.ones(len(features), device=features.device)
+        return token_losses(
+            features, model.readout.weight, ids[:, 1:][follows], ones, chunk=_LOSS_CHUNK
+        ).nats
+
+    whole = nats(starts)
+    if len(whole) == 0:
+        return 0.0, 0.0
+    gain = (nats(torch.ones_like(starts)) - whole).mean().item()
+    positions = torch.arange(ids.shape[1], device=ids.device)
+    every = (positions % _AGES == 0).expand_as(starts)
+    lost = nats(starts | every) - whole
+    # tokens of context a position has, its own among them; a dialogue's start loses nothing
+    age = (positions % _AGES + 1).expand_as(starts)[:, :-1][follows]
+    edges = [1, 2, 4, 8, 16, 32, 64, 128, _AGES]
+    for low, high in itertools.pairwise(edges):
+        chosen = lost[(age >= low) & (age < high)]
+        if len(chosen) and chosen.mean() < THRESHOLDS.amnesia_nats:
+            return gain, float(low)
+    return gain, float(_AGES)
+
+
+def verdict_dict(token: Diagnosis, sequence: Diagnosis | None) -> dict[str, Any]:
+    """Return both scopes as the result file holds them."""
+    return {
+        "token": token.to_dict(),
+        "sequence": None if sequence is None else sequence.to_dict(),
+    }

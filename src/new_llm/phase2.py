@@ -1,0 +1,319 @@
+"""Phase 2: train next-token prediction, end to end through the scan or on frozen contexts.
+
+One loop for all: what differs is where the contexts come from. Token scope reads
+`f(c*.detach(), x)` of cached fixed points; sequence scope carries the context from segment to
+segment, which is truncated backpropagation through time of one segment.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .cache import ContextCache
+from .checkpoint import TrainingState, load_training_state, save_training_state
+from .config import Phase2Config
+from .console import Console
+from .data import Segment, SegmentStream, TokenStore
+from .errors import NonFiniteError, StoppedError
+from .evaluate import Evaluation, evaluate, head
+from .model import NewLLM, token_losses
+from .phase1 import pair_hinge
+
+Log = Callable[[dict[str, Any]], None]
+
+# share of losses kept in the smoothed value that progress shows
+_SMOOTH = 0.95
+# steps between two rows of the history
+_LOG_EVERY = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase2Data:
+    """What Phase 2 reads."""
+
+    train: TokenStore
+    valid: TokenStore
+    segment_length: int
+    cache: ContextCache | None
+    """Fixed points a vocabulary id (token scope), contexts a position (frozen), or nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase2Result:
+    """What Phase 2 did."""
+
+    num_steps: int
+    tokens_seen: int
+    drift: float | None
+    """Relative change of the cached fixed points when they were last rebuilt, token scope."""
+
+
+def trainable(model: NewLLM, *, freeze_context: bool) -> list[nn.Parameter]:
+    """Return the parameters that Phase 2 trains, all others frozen.
+
+    With frozen contexts nothing that a cell reads may move: embeddings, cells and the read-outs
+    of all blocks but the last stay as they are.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(not freeze_context)
+    if freeze_context:
+        last = model.read_outs()[-1]
+        for module in (*last, model.final_norm, model.readout):
+            for parameter in module.parameters():
+                parameter.requires_grad_(True)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def make_optimiser(model: NewLLM, config: Phase2Config) -> torch.optim.AdamW:
+    """Return AdamW over what Phase 2 trains; only matrices decay, and embeddings do not."""
+    embeddings = {id(model.embedding.weight), id(model.readout.weight)}
+    chosen = trainable(model, freeze_context=config.freeze_context)
+    matrices = [p for p in chosen if p.ndim >= 2 and id(p) not in embeddings]
+    others = [p for p in chosen if p.ndim < 2 or id(p) in embeddings]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def learning_rate(step: int, num_steps: int, config: Phase2Config) -> float:
+    """Return the step size: linear warm-up, then a cosine down to its final share.
+
+    >>> config = Phase2Config(learning_rate=1.0, warmup_steps=10, final_learning_rate=0.1)
+    >>> [round(learning_rate(step, 1000, config), 3) for step in (0, 9, 10, 999)]
+    [0.1, 1.0, 1.0, 0.1]
+    """
+    warmup = min(config.warmup_steps, max(num_steps // 10, 1))
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(num_steps - 1 - warmup, 1)
+    share = config.final_learning_rate
+    return config.learning_rate * (share + (1 - share) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+class _Segments:
+    """The training segments in order, epoch after epoch, with random access by step."""
+
+    def __init__(self, data: Phase2Data, config: Phase2Config, seed: int) -> None:
+        self.stream = SegmentStream(
+            data.train,
+            batch_size=min(config.batch_size, data.train.num_dialogues),
+            segment_length=data.segment_length,
+            seed=seed,
+        )
+        by_epochs = math.ceil(config.epochs * self.stream.num_segments)
+        self.num_steps = by_epochs if config.max_steps is None else min(by_epochs, config.max_steps)
+
+    def at(self, step: int) -> Segment:
+        return self.stream.segment(*self.stream.locate(step))
+
+    def begins_epoch(self, step: int) -> bool:
+        """Whether a step is the first of an epoch that is not the first."""
+        epoch, index = self.stream.locate(step)
+        return epoch > 0 and index == 0
+
+
+def train(
+    model: NewLLM,
+    data: Phase2Data,
+    config: Phase2Config,
+    *,
+    seed: int,
+    contraction_target: float,
+    folder: Path,
+    console: Console,
+    log: Log,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Phase2Result:
+    """Train the model in place; resumes from `folder` where an earlier call was interrupted.
+
+    Raises:
+        NonFiniteError: the loss became NaN or infinite; the message names the step.
+        StoppedError: `should_stop` said so; the state is saved.
+    """
+    optimiser = make_optimiser(model, config)
+    segments = _Segments(data, config, seed)
+    state = load_training_state(folder, model, optimiser)
+    step, tokens_seen, drift = 0, 0, None
+    context = model.initial_context(segments.stream.batch_size)
+    if state is not None:
+        step, tokens_seen = state.values["step"], state.values["tokens_seen"]
+        drift = state.values["drift"]
+        context = state.tensors["context"].to(context.device)
+    trainer = _Trainer(model, data, config, optimiser, contraction_target, context)
+    trainer.restore_rows(state)
+
+    def save() -> None:
+        values = {"step": step, "tokens_seen": tokens_seen, "drift": drift}
+        state = TrainingState(tensors=trainer.tensors(), values=values)
+        save_training_state(folder, model, optimiser, state)
+
+    every = max(segments.num_steps // config.evaluations, 1) if config.evaluations else 0
+    held_out = head(data.valid, config.evaluation_tokens)
+    saved = time.monotonic()
+    smooth: float | None = None
+    with console.track("phase 2", segments.num_steps) as advance:
+        advance(step)
+        while step < segments.num_steps:
+            if segments.begins_epoch(step):
+                drift = trainer.rebuild_rows() or drift
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(step, segments.num_steps, config)
+            begun = time.monotonic()
+            segment = segments.at(step)
+            row = trainer.step(segment, step)
+            step += 1
+            tokens_seen += int(segment.counts.sum())
+            smooth = row["loss"] if smooth is None else _SMOOTH * smooth + 0.05 * row["loss"]
+            seconds = time.monotonic() - begun
+            advance(1, f"loss {smooth:.3f}  {segment.counts.sum() / seconds:,.0f} tokens/s")
+            if step % _LOG_EVERY == 0 or step == segments.num_steps:
+                log({"stage": "phase2", "step": step, "tokens": tokens_seen, **row})
+            if every and step % every == 0 and step < segments.num_steps:
+                result = evaluate(model, held_out, segment_length=data.segment_length)
+                _log_evaluation(log, console, result, step, tokens_seen)
+            if should_stop():
+                save()
+                raise StoppedError(
+                    f"stopped after step {step}; run the same command again to go on"
+                )
+            if time.monotonic() - saved > config.checkpoint_seconds:
+                save()
+                saved = time.monotonic()
+    return Phase2Result(num_steps=step, tokens_seen=tokens_seen, drift=drift)
+
+
+def _log_evaluation(
+    log: Log, console: Console, result: Evaluation, step: int, tokens_seen: int
+) -> None:
+    log({"stage": "validation", "step": step, "tokens": tokens_seen, **result.to_dict()})
+    console.say(f"step {step}: validation {result.loss:.4f} nats a token")
+
+
+class _Trainer:
+    """One optimiser step, wherever the contexts come from."""
+
+    def __init__(
+        self,
+        model: NewLLM,
+        data: Phase2Data,
+        config: Phase2Config,
+        optimiser: torch.optim.Optimizer,
+        contraction_target: float,
+        context: Tensor,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.optimiser = optimiser
+        self.contraction_target = contraction_target
+        self.context = context
+        self.cache = data.cache
+        self.rows: Tensor | None = None
+        if model.config.scope == "token":
+            if data.cache is None:
+                raise ValueError("token scope needs its cache of fixed points")
+            self.rows = torch.tensor(np.asarray(data.cache.contexts), device=context.device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what must be saved beside weights and optimiser."""
+        tensors = {"context": self.context}
+        return tensors if self.rows is None else tensors | {"rows": self.rows}
+
+    def restore_rows(self, state: TrainingState | None) -> None:
+        """Put back rows that were rebuilt before an interruption."""
+        if state is not None and self.rows is not None:
+            self.rows = state.tensors["rows"].to(self.rows.device)
+
+    def rebuild_rows(self) -> float | None:
+        """Solve every id again with the weights of now; return how far the rows had drifted."""
+        if self.rows is None or self.config.freeze_context:
+            return None
+        self.model.eval()
+        parts = torch.arange(len(self.rows), device=self.rows.device).split(8192)
+        fresh = torch.cat([self.model.search(ids).contexts for ids in parts])
+        drift = (fresh - self.rows).norm() / self.rows.norm().clamp(min=1e-12)
+        self.rows = fresh
+        return drift.item()
+
+    def _contexts(self, segment: Segment, ids: Tensor) -> Tensor | None:
+        """Return contexts that are known already, `[B, T, K, C]`; None to compute them."""
+        if self.rows is not None:
+            delivered = self.rows[ids]
+            return delivered if self.config.freeze_context else self.model.rest(ids, delivered)
+        if self.config.freeze_context and self.cache is not None:
+            rows = self.cache.contexts[segment.rows.reshape(-1)]
+            return torch.from_numpy(rows).to(ids.device).unflatten(0, ids.shape)
+        return None
+
+    def step(self, segment: Segment, step: int) -> dict[str, float]:
+        """Train on one segment; return its losses and the gradient norm."""
+        model, config = self.model, self.config
+        model.train()
+        device = self.context.device
+        ids, targets, counts, assistant, starts, real = (
+            torch.from_numpy(part).to(device)
+            for part in (
+                segment.tokens,
+                segment.targets,
+                segment.counts,
+                segment.assistant,
+                segment.starts,
+                segment.real,
+            )
+        )
+        wide = config.precision == "bfloat16"
+        with torch.autocast(device.type, torch.bfloat16, enabled=wide):
+            output = model(
+                ids,
+                self.context,
+                starts=starts,
+                real=real,
+                contexts=self._contexts(segment, ids),
+            )
+        self.context = output.context.detach()
+        # every position that counts is scored, so that both losses are always known
+        chosen = assistant[counts]
+        wanted = chosen if config.loss_on == "assistant" else torch.ones_like(chosen)
+        weights = wanted.float() / wanted.sum().clamp(min=1)
+        scored = token_losses(
+            output.features[counts].float(),
+            model.readout.weight,
+            targets[counts],
+            weights,
+            chunk=config.loss_chunk,
+        )
+        loss = scored.loss
+        if config.pair_hinge and not config.freeze_context:
+            loss = loss + config.pair_hinge * self._hinge(ids, real)
+        self.optimiser.zero_grad(set_to_none=True)
+        if scored.loss.requires_grad:
+            loss.backward()
+        value = loss.item()
+        trained = [p for group in self.optimiser.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(trained, config.gradient_clip).item()
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            raise NonFiniteError(
+                f"Phase 2 loss must stay finite, got {value} (gradient norm {norm}) in step "
+                f"{step + 1}; lower --phase2.learning-rate and use a new --out"
+            )
+        self.optimiser.step()
+        row = {"loss": scored.nats.mean().item(), "gradient_norm": norm}
+        if chosen.any():
+            row["loss_assistant"] = scored.nats[chosen].mean().item()
+        return row
+
+    def _hinge(self, ids: Tensor, real: Tensor) -> Tensor:
+        """Keep contraction at a sample of the contexts that this segment ended in."""
+        chosen = real[:, -1]
+        x = self.model.embed(ids[:, -1][chosen])
+        block = self.model.cells()[0]
+        return pair_hinge(block, x, self.context[chosen, 0], self.contraction_target)

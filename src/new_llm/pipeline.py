@@ -1,0 +1,465 @@
+"""The order of the stages and their resume: what `run` does.
+
+    dialogues -> tokens -> Phase 1 -> verdict, gate -> cache -> Phase 2 -> verdicts -> evaluation
+              -> sample text -> report
+
+Every stage leaves its result in the run's folder before the next one begins, so that the same
+command goes on where the last one stopped.
+"""
+
+import importlib.metadata
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import __version__, cache, phase1, phase2
+from .checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    weights_fingerprint,
+)
+from .config import ModelConfig, RunConfig, to_dict
+from .console import Console
+from .data import Prepared, held_out_ids, prepare
+from .doctor import THRESHOLDS
+from .errors import CheckpointError, GateError
+from .evaluate import (
+    evaluate,
+    kneser_ney_bigram,
+    sequence_verdict,
+    token_verdict,
+    verdict_dict,
+)
+from .files import disk_error, read_json, write_json
+from .generate import continue_ids
+from .model import NewLLM, num_parameters
+from .report import read_history, write_report
+
+# dialogues whose convergence is shown one by one
+_SHOWN_DIALOGUES = 10
+_NUM_SAMPLES = 3
+_STAGES = ("prepare", "phase1", "cache", "phase2", "evaluate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """The files of a run's folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config, versions and data fingerprint."""
+        return self.path / "config.json"
+
+    @property
+    def data(self) -> Path:
+        """Tokenised dialogues and tokenizer."""
+        return self.path / "data"
+
+    @property
+    def stages(self) -> Path:
+        """What each finished stage found, `STAGE.json`."""
+        return self.path / "stages"
+
+    @property
+    def phase1_checkpoint(self) -> Path:
+        """The model after Phase 1."""
+        return self.path / "phase1"
+
+    @property
+    def cache(self) -> Path:
+        """Cached contexts."""
+        return self.path / "cache"
+
+    @property
+    def training(self) -> Path:
+        """State of an unfinished Phase 2."""
+        return self.path / "training"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The final model."""
+        return self.path / "checkpoint"
+
+    @property
+    def history(self) -> Path:
+        """A JSON row for each logged step."""
+        return self.path / "history.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """The result; its presence means that the run is finished."""
+        return self.path / "result.json"
+
+    @property
+    def report(self) -> Path:
+        """The page to look at."""
+        return self.path / "report.html"
+
+
+def open_folder(path: Path, config: RunConfig) -> RunFolder:
+    """Make a run's folder, or open the one that belongs to this very config.
+
+    Raises:
+        CheckpointError: the folder belongs to another config, or holds other files.
+    """
+    folder = RunFolder(path=path)
+    wanted = json.loads(json.dumps(to_dict(config)))
+    if folder.config.exists():
+        found = read_json(folder.config, "a run's config")
+        theirs = found.get("config", {}) if isinstance(found, dict) else {}
+        if theirs != wanted:
+            changed = "; ".join(_differences(theirs, wanted)[:4])
+            raise CheckpointError(
+                f"{path} belongs to another config ({changed}); "
+                "choose a new --out, or repeat the command that made it"
+            )
+        return folder
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise CheckpointError(
+            f"an empty or new folder expected for --out, {path} holds other files; "
+            "choose a new --out"
+        )
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("torch", "tokenizers", "datasets", "safetensors", "numpy")
+    }
+    record = {
+        "config": wanted,
+        "fingerprint": config.fingerprint(),
+        "versions": {"new-llm": __version__, "python": platform.python_version(), **versions},
+    }
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        folder.stages.mkdir()
+    except OSError as error:
+        raise disk_error(error, path) from error
+    write_json(folder.config, record)
+    return folder
+
+
+def _differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        keys = sorted(theirs.keys() | ours.keys())
+        return [
+            row
+            for key in keys
+            for row in _differences(theirs.get(key), ours.get(key), f"{name}.{key}".lstrip("."))
+        ]
+    return [] if theirs == ours else [f"{name} {theirs!r}, asked for {ours!r}"]
+
+
+class Run:
+    """One run in its folder; each method is a stage that is done at most once."""
+
+    def __init__(self, config: RunConfig, out: Path, console: Console) -> None:
+        self.config = config
+        self.console = console
+        self.folder = open_folder(out, config)
+        self.device = choose_device(config.device)
+        self._prepared: Prepared | None = None
+
+    def _stage(self, name: str) -> dict[str, Any] | None:
+        path = self.folder.stages / f"{name}.json"
+        return read_json(path, f"the result of stage {name}") if path.exists() else None
+
+    @contextmanager
+    def _recorded(self, name: str) -> Iterator[dict[str, Any]]:
+        """Yield a dict that becomes the stage's result, with its seconds, if all goes well."""
+        begun = time.monotonic()
+        result: dict[str, Any] = {}
+        yield result
+        result["seconds"] = round(time.monotonic() - begun, 3)
+        write_json(self.folder.stages / f"{name}.json", result)
+
+    def _log(self, row: dict[str, Any]) -> None:
+        try:
+            with self.folder.history.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise disk_error(error, self.folder.history) from error
+
+    def _truncate_history(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop rows of work that will be done again."""
+        rows = [row for row in read_history(self.folder.history) if keep(row)]
+        if self.folder.history.exists():
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            self.folder.history.write_text(text, encoding="utf-8")
+
+    def prepare(self) -> Prepared:
+        """Tokenise the dialogues, or open what an earlier call left."""
+        if self._prepared is not None:
+            return self._prepared
+        done = self._stage("prepare")
+        with self.console.track("tokenising dialogues", None) as advance:
+            begun = time.monotonic()
+            prepared = prepare(
+                self.config.data,
+                self.folder.data,
+                progress=lambda what, count: advance(count, what),
+            )
+        if done is None:
+            with self._recorded("prepare") as result:
+                result |= {
+                    **prepared.report,
+                    "train_tokens": prepared.train.num_tokens,
+                    "valid_tokens": prepared.valid.num_tokens,
+                    "vocab_size": prepared.tokenizer.vocab_size,
+                    "train_fingerprint": prepared.train.fingerprint,
+                    "valid_fingerprint": prepared.valid.fingerprint,
+                    "tokenizer_fingerprint": prepared.tokenizer.fingerprint,
+                    "prepare_seconds": round(time.monotonic() - begun, 3),
+                }
+        self.console.say(
+            f"data: {prepared.train.num_tokens:,} tokens in {prepared.train.num_dialogues:,} "
+            f"dialogues to train on, {prepared.valid.num_tokens:,} in "
+            f"{prepared.valid.num_dialogues:,} held out"
+        )
+        self._prepared = prepared
+        return prepared
+
+    def _new_model(self) -> NewLLM:
+        config = self.config
+        prepared = self.prepare()
+        shape: ModelConfig = config.model
+        if config.phase2.freeze_context:
+            # a shared embedding would move under the cached contexts
+            shape = replace(shape, tied_readout=False)
+        torch.manual_seed(config.seed)
+        return NewLLM(shape, prepared.tokenizer.vocab_size, config.solver).to(self.device)
+
+    def _load(self, folder: Path) -> NewLLM:
+        return load_checkpoint(folder).model.to(self.device)
+
+    def phase1(self) -> dict[str, Any]:
+        """Train the cells, measure convergence, judge, and check the gate.
+
+        Raises:
+            GateError: fewer than 95 % converged, or the strict gate's verdict is not `healthy`.
+        """
+        done = self._stage("phase1")
+        if done is None:
+            self._truncate_history(lambda row: False)
+            done = self._train_phase1()
+        self._check_gate(done)
+        return done
+
+    def _train_phase1(self) -> dict[str, Any]:
+        config, prepared = self.config, self.prepare()
+        model = self._new_model()
+        self.console.say(
+            f"model: {config.model.cell}, {config.model.num_blocks} block(s), "
+            f"{num_parameters(model):,} parameters, {prepared.tokenizer.vocab_size:,} tokens"
+        )
+        with self._recorded("phase1") as result:
+            counts = torch.from_numpy(prepared.train.token_counts(model.vocab_size))
+            held_out = held_out_ids(model.vocab_size, config.model.context_width)
+            seen = np.setdiff1d(np.flatnonzero(counts.numpy()), held_out)
+            ids = torch.from_numpy(seen).to(self.device)
+            dialogues = self._first_dialogues(held_out)
+            self.console.say("verdict before training: " + token_verdict(model).verdict)
+            phase1.train(
+                model,
+                ids,
+                dialogues,
+                config.phase1,
+                seed=config.seed,
+                console=self.console,
+                log=self._log,
+            )
+            result |= self._convergence(model, counts)
+            token = token_verdict(model)
+            sequence = None
+            if config.model.scope == "sequence":
+                sequence = sequence_verdict(model, prepared.valid, trained=False)
+            result["verdict"] = verdict_dict(token, sequence)
+            result["weights"] = weights_fingerprint(model)
+            save_checkpoint(self.folder.phase1_checkpoint, model, prepared.tokenizer)
+        self._show_convergence(result)
+        return result
+
+    def _first_dialogues(self, held_out: np.ndarray) -> list[np.ndarray]:
+        """Return the first dialogues, cut to one sequence, without held-out ids."""
+        train = self.prepare().train
+        first = range(min(self.config.phase1.literal_dialogues, train.num_dialogues))
+        length = self.config.data.sequence_length
+        dialogues = [np.asarray(train.dialogue(i)[:length]) for i in first]
+        return [ids[~np.isin(ids, held_out)] for ids in dialogues]
+
+    def _convergence(self, model: NewLLM, counts: torch.Tensor) -> dict[str, Any]:
+        """Measure convergence by the seeds' metric and by the run's own, over all positions."""
+        valid = self.prepare().valid
+        counts = counts + torch.from_numpy(valid.token_counts(model.vocab_size))
+        ids = counts.nonzero()[:, 0]
+        by_seeds = phase1.measure_convergence(model, ids.to(self.device))
+        own = phase1.measure_convergence(model, ids.to(self.device), model.solver)
+        shown = range(min(_SHOWN_DIALOGUES, valid.num_dialogues))
+        return {
+            "convergence": {
+                "mse < 0.01": by_seeds.summary(counts[ids]),
+                f"{model.solver.metric} < {model.solver.tolerance:g}": own.summary(counts[ids]),
+            },
+            "dialogues": [by_seeds.of_dialogue(valid.dialogue(i)) for i in shown],
+            "curve": own.curve.tolist(),
+            "iterations": torch.bincount(own.num_iterations).tolist(),
+        }
+
+    def _show_convergence(self, result: dict[str, Any]) -> None:
+        columns = ["metric", "converged", "mean iterations", "of the converged", "mean change"]
+        rows = [
+            [
+                name,
+                f"{row['convergence_rate']:.1%}",
+                row["mean_iterations"],
+                row["mean_iterations_converged"],
+                row["mean_change"],
+            ]
+            for name, row in result["convergence"].items()
+        ]
+        self.console.table("Convergence of tokens after Phase 1", columns, rows)
+        self.console.show(f"verdict after Phase 1: {result['verdict']['token']['verdict']}")
+
+    def _check_gate(self, result: dict[str, Any]) -> None:
+        rate = result["convergence"]["mse < 0.01"]["convergence_rate"]
+        verdict = result["verdict"]["token"]
+        advice = "; ".join(verdict["advice"])
+        if rate < THRESHOLDS.gate_rate:
+            raise GateError(
+                f"at least {THRESHOLDS.gate_rate:.0%} of tokens must converge before Phase 2, "
+                f"{rate:.1%} did (verdict {verdict['verdict']}); {advice}; use a new --out"
+            )
+        if self.config.gate == "strict" and verdict["verdict"] != "healthy":
+            held = ", ".join(verdict["verdicts"])
+            raise GateError(
+                f"the strict gate needs the verdict healthy, got {held}; {advice}; "
+                "use a new --out, or --gate seed for the documents' own gate"
+            )
+
+    def cache(self) -> cache.ContextCache | None:
+        """Write the cache that this config needs, or open it."""
+        self.phase1()
+        model = self._load(self.folder.phase1_checkpoint)
+        per_position = self.config.phase2.freeze_context and self.config.model.scope == "sequence"
+        train = self.prepare().train
+        key = cache.sequence_key(model, train) if per_position else cache.token_key(model)
+        if self._stage("cache") is not None:
+            return cache.open_cache(self.folder.cache, key)
+        num_rows = train.num_tokens if per_position else model.vocab_size
+        size = cache.cache_bytes(model, num_rows)
+        self.console.say(f"cache: {num_rows:,} rows, {size / 1e6:,.1f} MB")
+        with self._recorded("cache") as result, self.console.track("cache", num_rows) as advance:
+            if per_position:
+                written = cache.write_sequence_cache(self.folder.cache, model, train, advance)
+            else:
+                written = cache.write_token_cache(self.folder.cache, model, advance)
+            result |= {"num_rows": num_rows, "num_bytes": size, "key": key}
+        return written
+
+    def phase2(self) -> None:
+        """Train next-token prediction from the model of Phase 1."""
+        written = self.cache()
+        if self._stage("phase2") is not None:
+            return
+        config, prepared = self.config, self.prepare()
+        model = self._load(self.folder.phase1_checkpoint)
+        resumed = self.folder.training / "state.json"
+        step = read_json(resumed, "a training state")["step"] if resumed.exists() else 0
+        self._truncate_history(lambda row: row["stage"].startswith("phase1") or row["step"] <= step)
+        if step:
+            self.console.say(f"phase 2 goes on after step {step}")
+        with self._recorded("phase2") as result:
+            torch.manual_seed(config.seed + 1)
+            trained = phase2.train(
+                model,
+                phase2.Phase2Data(
+                    train=prepared.train,
+                    valid=prepared.valid,
+                    segment_length=config.data.sequence_length,
+                    cache=written,
+                ),
+                config.phase2,
+                seed=config.seed,
+                contraction_target=config.phase1.contraction_target,
+                folder=self.folder.training,
+                console=self.console,
+                log=self._log,
+            )
+            model.eval()
+            save_checkpoint(self.folder.checkpoint, model, prepared.tokenizer)
+            result |= {
+                "num_steps": trained.num_steps,
+                "tokens_seen": trained.tokens_seen,
+                "drift": trained.drift,
+                "weights": weights_fingerprint(model),
+            }
+        shutil.rmtree(self.folder.training, ignore_errors=True)
+
+    def finish(self) -> dict[str, Any]:
+        """Judge and evaluate the final model, write text, result and report."""
+        self.phase2()
+        config, prepared = self.config, self.prepare()
+        if self._stage("evaluate") is None:
+            loaded = load_checkpoint(self.folder.checkpoint)
+            model = loaded.model.to(self.device)
+            with self._recorded("evaluate") as result:
+                with self.console.track("evaluation", prepared.valid.num_tokens) as advance:
+                    evaluation = evaluate(
+                        model,
+                        prepared.valid,
+                        segment_length=config.data.sequence_length,
+                        advance=advance,
+                    )
+                bigram = kneser_ney_bigram(prepared.train, prepared.valid, model.vocab_size)
+                token = token_verdict(model)
+                sequence = None
+                if config.model.scope == "sequence":
+                    sequence = sequence_verdict(model, prepared.valid, trained=True)
+                result |= {
+                    "evaluation": evaluation.to_dict(),
+                    "bigram_loss": bigram,
+                    "verdict": verdict_dict(token, sequence),
+                    "samples": self._samples(loaded),
+                }
+        return self._write_result()
+
+    def _samples(self, loaded: Checkpoint) -> list[dict[str, str]]:
+        """Answer the first message of a few held-out dialogues."""
+        tokenizer, valid = loaded.tokenizer, self.prepare().valid
+        samples = []
+        for i in range(min(_NUM_SAMPLES, valid.num_dialogues)):
+            ids = valid.dialogue(i)
+            openings = np.flatnonzero(ids == tokenizer.im_start_id)
+            # up to the second message, which the model is asked to say instead
+            end = int(openings[1]) if len(openings) > 1 else len(ids)
+            prompt = ids[:end].tolist() + tokenizer.answer_header()
+            drawn = continue_ids(loaded, prompt, self.config.sample)
+            samples.append({"prompt": tokenizer.decode(prompt), "text": drawn})
+        return samples
+
+    def _write_result(self) -> dict[str, Any]:
+        stages = {name: self._stage(name) or {} for name in _STAGES}
+        result = {
+            "fingerprint": self.config.fingerprint(),
+            "verdict_phase1": stages["phase1"]["verdict"],
+            "verdict_final": stages["evaluate"]["verdict"],
+            "evaluation": stages["evaluate"]["evaluation"],
+            "bigram_loss": stages["evaluate"]["bigram_loss"],
+            "tokens_seen": stages["phase2"]["tokens_seen"],
+            "seconds": {name: stages[name]["seconds"] for name in _STAGES},
+            "convergence": stages["phase1"]["convergence"],
+            "samples": stages["evaluate"]["samples"],
+        }
+        write_report([self.folder.path], self.folder.report, result=result)
+        write_json(self.folder.result, result)
+        return result

