@@ -6,8 +6,11 @@ segment, which is truncated backpropagation through time of one segment.
 """
 
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from .checkpoint import TrainingState, load_training_state, save_training_state
 from .config import Phase2Config
 from .console import Console
 from .data import Segment, SegmentStream, TokenStore
-from .errors import NonFiniteError, StoppedError
+from .errors import NonFiniteError
 from .evaluate import Evaluation, evaluate, head
 from .model import NewLLM, token_losses
 from .phase1 import pair_hinge
@@ -132,13 +135,12 @@ def train(
     folder: Path,
     console: Console,
     log: Log,
-    should_stop: Callable[[], bool] = lambda: False,
 ) -> Phase2Result:
     """Train the model in place; resumes from `folder` where an earlier call was interrupted.
 
     Raises:
         NonFiniteError: the loss became NaN or infinite; the message names the step.
-        StoppedError: `should_stop` said so; the state is saved.
+        KeyboardInterrupt: Ctrl-C was pressed; the step was ended and the state saved.
     """
     optimiser = make_optimiser(model, config)
     segments = _Segments(data, config, seed)
@@ -161,7 +163,7 @@ def train(
     held_out = head(data.valid, config.evaluation_tokens)
     saved = time.monotonic()
     smooth: float | None = None
-    with console.track("phase 2", segments.num_steps) as advance:
+    with console.track("phase 2", segments.num_steps) as advance, _interrupt() as interrupted:
         advance(step)
         while step < segments.num_steps:
             if segments.begins_epoch(step):
@@ -181,15 +183,33 @@ def train(
             if every and step % every == 0 and step < segments.num_steps:
                 result = evaluate(model, held_out, segment_length=data.segment_length)
                 _log_evaluation(log, console, result, step, tokens_seen)
-            if should_stop():
+            if interrupted():
                 save()
-                raise StoppedError(
-                    f"stopped after step {step}; run the same command again to go on"
-                )
+                raise KeyboardInterrupt
             if time.monotonic() - saved > config.checkpoint_seconds:
                 save()
                 saved = time.monotonic()
     return Phase2Result(num_steps=step, tokens_seen=tokens_seen, drift=drift)
+
+
+@contextmanager
+def _interrupt() -> Iterator[Callable[[], bool]]:
+    """Keep the first Ctrl-C until a step is whole; a second one stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked = [False]
+
+    def ask(*_: Any) -> None:
+        if asked[0]:
+            raise KeyboardInterrupt
+        asked[0] = True
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked[0]
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _log_evaluation(
