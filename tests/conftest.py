@@ -9,7 +9,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-torch.utils.deterministic.fill_uninitialized_memory = True
+torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore
 
 
 @pytest.fixture(autouse=True)

@@ -117,10 +117,10 @@ class ReportOptions:
 
 
 def _run(options: RunOptions) -> None:
-    from .pipeline import Run
+    from .pipeline import run
 
     console = Console(quiet=options.quiet)
-    show_result(Run(options.config, options.out, console).finish(), options.out, console)
+    show_result(run(options.config, options.out, console=console), options.out, console)
 
 
 def show_result(result: dict[str, Any], out: Path, console: Console) -> None:

@@ -399,7 +399,7 @@ def _layerwise() -> RunConfig:
     return RunConfig(
         preset="layerwise",
         model=ModelConfig(cell="layerwise", num_blocks=1, num_layers=2),
-        phase1=Phase1Config(max_steps=600),
+        phase1=Phase1Config(learning_rate=2e-3),
         phase2=Phase2Config(pair_hinge=1.0),
     )
 
@@ -411,7 +411,10 @@ def _convex() -> RunConfig:
 def _demo() -> RunConfig:
     return RunConfig(
         preset="demo",
-        data=DataConfig(vocab_size=4096, sequence_length=256),
+        model=ModelConfig(longest_timescale=100.0),
+        data=DataConfig(vocab_size=4096, sequence_length=128),
+        phase1=Phase1Config(max_steps=100),
+        phase2=Phase2Config(max_steps=1100, evaluations=5, evaluation_tokens=32768),
     )
 
 

@@ -16,6 +16,8 @@ from .fixed_point import FixedPoint, measure
 Map = Callable[[Tensor, Tensor], Tensor]
 
 _TINY = 1e-30
+# far above the rounding of float32 contexts, far below their size
+_SMALL_DISTANCE = 1e-2
 # rows of a matrix whose singular values are taken; more change the entropy in the third digit
 _LARGEST_SPECTRUM = 4096
 
@@ -209,9 +211,9 @@ def largest_singular_value(apply: Map, contexts: Tensor, *, iterations: int = 24
     tangent = torch.randn(contexts.shape, generator=generator).to(contexts)
     tangent = F.normalize(tangent, dim=-1)
     value = contexts.new_zeros(len(contexts))
-    _, pull = torch.func.vjp(at_rows, contexts)
+    pull = torch.func.vjp(at_rows, contexts)[1]
     for _ in range(iterations):
-        _, pushed = torch.func.jvp(at_rows, (contexts,), (tangent,))
+        pushed = torch.func.jvp(at_rows, (contexts,), (tangent,))[1]
         value = pushed.norm(dim=-1)
         (tangent,) = pull(pushed)
         tangent = F.normalize(tangent, dim=-1)
@@ -237,6 +239,44 @@ def pair_ratios(apply: Map, contexts: Tensor, *, seed: int = 0) -> Tensor:
         moved = (apply(left, rows) - apply(right, rows)).norm(dim=-1)
         ratios.append(moved / (left - right).norm(dim=-1).clamp(min=_TINY))
     return torch.cat(ratios)
+
+
+@torch.no_grad()
+def lyapunov_exponent(
+    step: Callable[[Tensor, int], Tensor], initial: Tensor, counted: Tensor
+) -> tuple[float, Tensor]:
+    """Return the mean log growth of a small difference a position, and the decay of a large one.
+
+    Two runs a small distance apart are carried along each text and drawn back to that distance at
+    each position. The second value is the distance, relative to its start, of a run that began at a
+    unit normal context, after each position, `[T]` (median over texts).
+
+    Args:
+        step: context `[M, C]` of texts, repeated in order, and position to the next context.
+        initial: `[B, C]`.
+        counted: positions whose growth counts, `[B, T]` bool.
+
+    Source: Benettin et al. 1980, "Lyapunov characteristic exponents".
+
+    >>> halve = lambda context, t: 0.5 * context
+    >>> exponent, decay = lyapunov_exponent(halve, torch.zeros(1, 4), torch.ones(1, 3).bool())
+    >>> round(exponent, 4), [round(x, 3) for x in decay.tolist()]
+    (-0.6931, [0.5, 0.25, 0.125])
+    """
+    generator = torch.Generator().manual_seed(0)
+    tangent = torch.randn(initial.shape, generator=generator).to(initial)
+    tangent = _SMALL_DISTANCE * F.normalize(tangent, dim=-1)
+    other = torch.randn(initial.shape, generator=generator).to(initial)
+    first = (other - initial).norm(dim=-1).clamp(min=_TINY)
+    context, growth, decay = initial, initial.new_zeros(()), []
+    for t in range(counted.shape[1]):
+        context, near, other = step(torch.cat([context, context + tangent, other]), t).chunk(3)
+        tangent = near - context
+        distance = tangent.norm(dim=-1).clamp(min=_TINY)
+        growth = growth + (distance / _SMALL_DISTANCE).log()[counted[:, t]].sum()
+        tangent = tangent * (_SMALL_DISTANCE / distance)[:, None]
+        decay.append(((other - context).norm(dim=-1) / first).median())
+    return growth.item() / max(int(counted.sum()), 1), torch.stack(decay)
 
 
 @dataclass(frozen=True, kw_only=True)

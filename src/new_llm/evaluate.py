@@ -22,12 +22,13 @@ from .doctor import (
     TokenSubject,
     diagnose_sequence,
     diagnose_tokens,
+    lyapunov_exponent,
     with_memory,
     worst,
 )
 from .errors import DataError
 from .model import NewLLM, solve_tokens, token_losses
-from .recurrence import lyapunov_exponent, sweep
+from .recurrence import sweep
 
 # positions of held-out dialogues that sequence verdicts look at
 DIAGNOSED_SEQUENCES, DIAGNOSED_LENGTH = 8, 512
@@ -252,12 +253,24 @@ def sequence_verdict(model: NewLLM, store: TokenStore, *, trained: bool) -> Diag
             tolerance=THRESHOLDS.residual,
             max_sweeps=limit,
         )
-        exponent, decay = lyapunov_exponent(cell, x, initial, starts=starts, real=real)
+        carried, weights = cell.project(x), cell.weights()
+
+        def step(
+            context: Tensor,
+            t: int,
+            cell: Any = cell,
+            carried: Tensor = carried,
+            weights: Any = weights,
+        ) -> Tensor:
+            copies = len(context) // len(carried)
+            return cell.update(context, carried[:, t].repeat(copies, 1), weights)
+
+        exponent, decay = lyapunov_exponent(step, initial, real & ~starts)
         small = (decay < 0.01).nonzero()
         before = torch.cat([initial[:, None], contexts[k][:, :-1]], dim=1)[real & ~starts]
         chosen = before[:: max(1, len(before) // 256)]
         chosen_x = x[real & ~starts][:: max(1, len(before) // 256)]
-        projected, weights = cell.project(chosen_x), cell.weights()
+        projected = cell.project(chosen_x)
 
         def apply(
             context: Tensor,

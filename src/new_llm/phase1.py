@@ -127,6 +127,7 @@ def train_residual(
     for epoch in range(config.epochs):
         for rows in torch.randperm(len(x), generator=generator).split(config.batch_size):
             context = x.new_zeros(len(rows), cell.context_width)
+            value = math.inf
             for _ in range(config.max_iterations):
                 if config.max_steps is not None and step >= config.max_steps:
                     return
@@ -403,7 +404,7 @@ class Convergence:
 
     def of_dialogue(self, ids: np.ndarray) -> dict[str, float | None]:
         """Return the summary over the positions of one dialogue."""
-        counts = torch.bincount(torch.as_tensor(ids, dtype=torch.long), minlength=1)
+        counts = torch.from_numpy(np.bincount(ids, minlength=1))
         padded = torch.zeros(int(max(self.ids.max() + 1, len(counts))))
         padded[: len(counts)] = counts.float()
         return self.summary(padded[self.ids])

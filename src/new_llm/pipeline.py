@@ -32,7 +32,7 @@ from .config import ModelConfig, RunConfig, to_dict
 from .console import Console
 from .data import Prepared, held_out_ids, prepare
 from .doctor import THRESHOLDS
-from .errors import CheckpointError, GateError
+from .errors import CheckpointError, ConfigError, DataError, GateError
 from .evaluate import (
     evaluate,
     kneser_ney_bigram,
@@ -149,6 +149,25 @@ def open_folder(path: Path, config: RunConfig) -> RunFolder:
     return folder
 
 
+def choose_device(name: str) -> torch.device:
+    """Return the device of a config; `auto` is the first GPU, or the CPU.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device must be auto, cpu or one here, got {name!r} ({reason})"
+        ) from None
+    return device
+
+
 def _differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
     if isinstance(theirs, dict) and isinstance(ours, dict):
         keys = sorted(theirs.keys() | ours.keys())
@@ -166,8 +185,8 @@ class Run:
     def __init__(self, config: RunConfig, out: Path, console: Console) -> None:
         self.config = config
         self.console = console
-        self.folder = open_folder(out, config)
         self.device = choose_device(config.device)
+        self.folder = open_folder(out, config)
         self._prepared: Prepared | None = None
 
     def _stage(self, name: str) -> dict[str, Any] | None:
@@ -204,11 +223,16 @@ class Run:
         done = self._stage("prepare")
         with self.console.track("tokenising dialogues", None) as advance:
             begun = time.monotonic()
-            prepared = prepare(
-                self.config.data,
-                self.folder.data,
-                progress=lambda what, count: advance(count, what),
-            )
+            try:
+                prepared = prepare(
+                    self.config.data,
+                    self.folder.data,
+                    progress=lambda what, count: advance(count, what),
+                )
+            except DataError:
+                if done is None:
+                    self._give_back()
+                raise
         if done is None:
             with self._recorded("prepare") as result:
                 result |= {
@@ -228,6 +252,14 @@ class Run:
         )
         self._prepared = prepared
         return prepared
+
+    def _give_back(self) -> None:
+        """Take away what was begun for dialogues that could not be read."""
+        shutil.rmtree(self.folder.data, ignore_errors=True)
+        shutil.rmtree(self.folder.stages, ignore_errors=True)
+        self.folder.config.unlink(missing_ok=True)
+        if not any(self.folder.path.iterdir()):
+            self.folder.path.rmdir()
 
     def _new_model(self) -> NewLLM:
         config = self.config
@@ -463,3 +495,15 @@ class Run:
         write_report([self.folder.path], self.folder.report, result=result)
         write_json(self.folder.result, result)
         return result
+
+
+def run(config: RunConfig, out: Path, *, console: Console | None = None) -> dict[str, Any]:
+    """Do the whole job and return what `result.json` holds; resumes an unfinished folder.
+
+    Raises:
+        NewLLMError: a user's mistake, or a run that had to stop itself.
+    """
+    job = Run(config, out, console or Console(quiet=True))
+    if job.folder.result.exists():
+        return read_json(job.folder.result, "a run's result")
+    return job.finish()

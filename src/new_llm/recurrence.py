@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .cell import ACTIVATIONS, ContextCell, ConvexCell, Weights
@@ -111,7 +110,7 @@ def _convex_scan(
     if real is not None:
         forget = forget.masked_fill(~real.T[..., None], 1.0)
     keep = None if starts is None else (~starts.T[..., None]).to(projected.dtype)
-    contexts = _ConvexScan.apply(
+    contexts: Any = _ConvexScan.apply(
         token_part.transpose(0, 1).contiguous(),
         forget.contiguous(),
         initial,
@@ -119,7 +118,7 @@ def _convex_scan(
         keep,
         cell.activation,
     )
-    return contexts.transpose(0, 1)  # pyright: ignore[reportOptionalMemberAccess]
+    return contexts.transpose(0, 1)
 
 
 class _ConvexScan(torch.autograd.Function):
@@ -133,7 +132,7 @@ class _ConvexScan(torch.autograd.Function):
         token_part, forget, initial, from_context, to_delta, bias, keep, activation = inputs
         num_positions, batch, width = forget.shape
         phi = ACTIVATIONS[activation]
-        resets = _positions_with_start(keep)
+        resets = _positions_with_start(keep, num_positions)
         from_context_t, to_delta_t = from_context.T.contiguous(), to_delta.T.contiguous()
         preactivation = torch.empty_like(token_part)
         delta = torch.empty_like(forget)
@@ -190,17 +189,10 @@ class _ConvexScan(torch.autograd.Function):
         )
 
 
-def _positions_with_start(keep: Tensor | None) -> list[bool]:
+def _positions_with_start(keep: Tensor | None, num_positions: int) -> list[bool]:
     if keep is None:
-        return _Never()
+        return [False] * num_positions
     return (keep == 0).flatten(1).any(dim=1).tolist()
-
-
-class _Never(list[bool]):
-    """False at every position."""
-
-    def __getitem__(self, _: Any) -> Any:
-        return False
 
 
 @torch.no_grad()
@@ -313,37 +305,3 @@ def linear_scan(decay: Tensor, source: Tensor, initial: Tensor) -> Tensor:
             decay = torch.cat([decay[:, :stride], chained], dim=1)
         stride *= 2
     return source
-
-
-def lyapunov_exponent(
-    cell: ContextCell, x: Tensor, initial: Tensor, *, starts: Tensor | None, real: Tensor | None
-) -> tuple[float, Tensor]:
-    """Return the mean log growth of a small difference a token, and the decay of a large one.
-
-    A tangent is pushed along the text and renormalised at each position (Benettin et al. 1980).
-    The second value is the distance, relative to its start, between runs that begin at `initial`
-    and at a unit normal context, after each position, `[T]` (median over sequences).
-    """
-    projected, weights = cell.project(x), cell.weights()
-    generator = torch.Generator().manual_seed(0)
-    tangent = torch.randn(initial.shape, generator=generator).to(initial)
-    tangent = F.normalize(tangent, dim=-1)
-    other = torch.randn(initial.shape, generator=generator).to(initial)
-    context, growth, count = initial, x.new_zeros(()), 0
-    first = (other - context).norm(dim=-1)
-    decay = []
-    for t in range(x.shape[1]):
-        part = projected[:, t]
-        updated, moved = torch.func.jvp(
-            lambda c, part=part: cell.update(c, part, weights), (context,), (tangent,)
-        )
-        other = cell.update(other, part, weights)
-        norm = moved.norm(dim=-1).clamp(min=_TINY)
-        counted = torch.ones_like(norm, dtype=torch.bool) if real is None else real[:, t].clone()
-        if starts is not None:
-            counted &= ~starts[:, t]
-        growth = growth + norm.log()[counted].sum()
-        count += int(counted.sum())
-        tangent, context = moved / norm[:, None], updated
-        decay.append(((other - context).norm(dim=-1) / first).median())
-    return growth.item() / max(count, 1), torch.stack(decay)

@@ -78,7 +78,7 @@ def write_report(
     if not folders:
         raise CheckpointError("at least one folder of a finished run expected, got none")
     runs = [_read_run(folder, result) for folder in folders]
-    template = resources.files(__package__).joinpath("report.html.jinja").read_text("utf-8")
+    template = resources.files("new_llm").joinpath("report.html.jinja").read_text("utf-8")
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = page.from_string(template).render(
         runs=[_describe(run) for run in runs], plots=_plots(runs)

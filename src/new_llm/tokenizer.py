@@ -48,10 +48,10 @@ class ChatTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
-        self.im_start_id: int = tokenizer.token_to_id(IM_START)
-        self.im_end_id: int = tokenizer.token_to_id(IM_END)
-        ids = tokenizer.get_vocab(with_added_tokens=True).values()
-        self.vocab_size: int = max(ids) + 1
+        vocab = tokenizer.get_vocab(with_added_tokens=True)
+        self.im_start_id: int = vocab[IM_START]
+        self.im_end_id: int = vocab[IM_END]
+        self.vocab_size: int = max(vocab.values()) + 1
         self.fingerprint = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
         # special tokens written in a text are read as any other characters
         tokenizer.encode_special_tokens = True
