@@ -411,10 +411,10 @@ def _convex() -> RunConfig:
 def _demo() -> RunConfig:
     return RunConfig(
         preset="demo",
-        model=ModelConfig(longest_timescale=100.0),
-        data=DataConfig(vocab_size=4096, sequence_length=128),
+        model=ModelConfig(mlp_width=0, longest_timescale=100.0),
+        data=DataConfig(vocab_size=2048, sequence_length=128, max_dialogues=1700),
         phase1=Phase1Config(max_steps=100),
-        phase2=Phase2Config(max_steps=1100, evaluations=5, evaluation_tokens=32768),
+        phase2=Phase2Config(learning_rate=4e-3, evaluations=5, evaluation_tokens=32768),
     )
 
 

@@ -1,0 +1,64 @@
+"""Small models and dialogues for tests; real dialogues come from the default package."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from new_llm.config import ModelConfig, RunConfig, preset
+from new_llm.data import TokenStore
+from new_llm.dialogues import Messages, ReadReport, read_dialogues
+
+
+def real_dialogues(count: int) -> list[Messages]:
+    """Return the first real chats of the default package."""
+    rows = read_dialogues(
+        "chitchat-dataset", split="", on_bad_row="error", max_dialogues=count, report=ReadReport()
+    )
+    return list(rows)
+
+
+def write_dialogues(path: Path, count: int) -> Path:
+    """Write real chats as JSONL."""
+    rows = [json.dumps({"messages": messages}) + "\n" for messages in real_dialogues(count)]
+    path.write_text("".join(rows))
+    return path
+
+
+def small_model(cell: str = "convex", **changes: Any) -> ModelConfig:
+    """Return the shape of a model of one or two small blocks."""
+    widths = {"context_width": 16, "embedding_width": 16, "hidden_width": 24, "mlp_width": 16}
+    layers = {} if cell == "convex" else {"num_layers": 2, "num_blocks": 1}
+    return ModelConfig(**{"cell": cell, **widths, **layers, **changes})  # pyright: ignore
+
+
+def small_run(path: Path, name: str = "convex", **phase2: Any) -> RunConfig:
+    """Return a preset cut down to seconds, on the dialogues of a file."""
+    config = preset(name)
+    narrow = {"context_width": 32, "embedding_width": 32, "hidden_width": 32}
+    return replace(
+        config,
+        model=replace(config.model, **narrow),
+        data=replace(
+            config.data, source=str(path), vocab_size=600, sequence_length=32, valid_fraction=0.2
+        ),
+        phase1=replace(config.phase1, max_steps=60, literal_dialogues=0, epochs=1),
+        phase2=replace(
+            config.phase2, **{"max_steps": 12, "batch_size": 4, "evaluations": 2, **phase2}
+        ),
+    )
+
+
+def store_of(dialogues: list[list[int]]) -> TokenStore:
+    """Return a store of given token ids; every other token is the assistant's."""
+    flat = np.array([token for ids in dialogues for token in ids], dtype=np.int32)
+    lengths = [len(ids) for ids in dialogues]
+    return TokenStore(
+        tokens=flat,
+        assistant=np.arange(len(flat)) % 2 == 1,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        num_content_bytes=np.array(lengths, dtype=np.int64) * 3,
+        fingerprint=str(hash(flat.tobytes())),
+    )

@@ -1,0 +1,155 @@
+"""Every verdict names a subject that was made to have it, and accuses no healthy one."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from new_llm.doctor import (
+    TokenSubject,
+    diagnose_tokens,
+    effective_rank,
+    largest_singular_value,
+    mean_cosine,
+    pair_ratios,
+    with_memory,
+    worst,
+)
+from new_llm.fixed_point import solve
+
+N, C = 128, 32
+
+
+def subject(apply: Callable[[Tensor, Tensor], Tensor], *, convex: bool = False) -> TokenSubject:
+    found = solve(apply, torch.zeros(N, C), metric="mse", tolerance=0.01, max_iterations=50)
+    return TokenSubject(
+        delivered=found.context,
+        apply=apply,
+        settle=lambda start: solve(apply, start, tolerance=1e-4, max_iterations=1000),
+        convex=convex,
+    )
+
+
+def verdict(apply: Callable[[Tensor, Tensor], Tensor], *, convex: bool = False) -> str:
+    return diagnose_tokens(subject(apply, convex=convex)).verdict
+
+
+PLACES = torch.randn(N, C, generator=torch.Generator().manual_seed(7))
+ROTATION = torch.linalg.qr(torch.randn(C, C, generator=torch.Generator().manual_seed(8)))[0]
+
+
+def healthy(context: Tensor, rows: Tensor) -> Tensor:
+    return 0.5 * context @ ROTATION + PLACES[rows]
+
+
+def test_healthy_ones_are_not_accused() -> None:
+    diagnosis = diagnose_tokens(subject(healthy, convex=True))
+    assert diagnosis.verdicts == ("healthy",)
+    assert all(row.passed is not False for row in diagnosis.measurements.values())
+
+
+def test_zero() -> None:
+    assert verdict(lambda c, rows: 0.1 * c + 1e-3 * PLACES[rows]) == "zero_collapse"
+
+
+def test_identity() -> None:
+    # what it gives from zero is not zero, so that only the map itself betrays it
+    def update(context: Tensor, rows: Tensor) -> Tensor:
+        at_zero = (context.norm(dim=-1, keepdim=True) == 0).float()
+        return context * 1.001 + at_zero * PLACES[rows]
+
+    assert verdict(update) == "identity_map"
+
+
+def test_one_constant_vector() -> None:
+    assert verdict(lambda c, rows: 0.3 * c + PLACES[:1] + 0.01 * PLACES[rows]) == "global_attractor"
+
+
+def test_expansion() -> None:
+    def update(context: Tensor, rows: Tensor) -> Tensor:
+        return torch.tanh(3.0 * context @ ROTATION + PLACES[rows])
+
+    diagnosis = diagnose_tokens(subject(update))
+    assert diagnosis.verdict == "expanding"
+    assert "not_converged" in diagnosis.verdicts
+
+
+def test_two_attractors() -> None:
+    def update(context: Tensor, rows: Tensor) -> Tensor:
+        side = torch.sign(context[:, :1] + 1e-6)
+        return (
+            0.5 * context @ ROTATION * 0.0 + side * (1 + PLACES[rows].abs()) * PLACES[rows].sign()
+        )
+
+    assert "multi_stable" in diagnose_tokens(subject(update)).verdicts
+
+
+def test_slow_ones_have_not_converged() -> None:
+    rate = 0.9995
+
+    def update(context: Tensor, rows: Tensor) -> Tensor:
+        return rate * context + (1 - rate) * PLACES[rows] * 100
+
+    assert "not_converged" in diagnose_tokens(subject(update)).verdicts
+
+
+def test_few_directions() -> None:
+    flat = PLACES.clone()
+    flat[:, C // 8 :] = 0.0
+    assert verdict(lambda c, rows: 0.3 * c + flat[rows]) == "low_rank"
+
+
+def test_a_linear_recurrence_in_disguise() -> None:
+    assert verdict(lambda c, rows: 0.01 * c + PLACES[rows], convex=True) == "decoupled"
+    assert verdict(lambda c, rows: 0.01 * c + PLACES[rows], convex=False) == "healthy"
+
+
+def test_not_a_number() -> None:
+    broken = TokenSubject(
+        delivered=torch.full((N, C), float("nan")),
+        apply=healthy,
+        settle=lambda start: solve(healthy, start),
+        convex=False,
+    )
+    diagnosis = diagnose_tokens(broken)
+    assert diagnosis.verdict == "non_finite"
+    assert diagnosis.to_dict()["verdicts"] == ["non_finite"]
+
+
+def test_a_stack_has_the_verdict_of_its_worst_block() -> None:
+    good = diagnose_tokens(subject(healthy))
+    bad = diagnose_tokens(subject(lambda c, rows: 0.1 * c + 1e-3 * PLACES[rows]))
+    both = worst([good, bad])
+    assert both.verdict == "zero_collapse"
+    assert "block 2: rms" in both.measurements
+    assert worst([good, good]).verdict == "healthy"
+
+
+def test_amnesia_is_judged_only_after_training() -> None:
+    good = diagnose_tokens(subject(healthy))
+    kwargs = {"gain_nats": 0.001, "context_length": 1.0}
+    assert with_memory(good, **kwargs, trained=True).verdict == "amnesic"
+    assert with_memory(good, **kwargs, trained=False).verdict == "healthy"
+    assert with_memory(good, gain_nats=0.5, context_length=9.0, trained=True).verdict == "healthy"
+
+
+@pytest.mark.parametrize("largest", [0.3, 1.0, 4.0])
+def test_singular_value_of_known_matrices(largest: float) -> None:
+    left = torch.linalg.qr(torch.randn(C, C))[0]
+    values = torch.linspace(largest, 0.01, C)
+    matrix = left @ torch.diag(values) @ ROTATION
+    found = largest_singular_value(lambda c, rows: c @ matrix.T, torch.randn(5, C), iterations=200)
+    torch.testing.assert_close(found, torch.full((5,), largest), rtol=0.01, atol=0)
+    ratios = pair_ratios(lambda c, rows: c @ matrix.T, torch.randn(50, C))
+    assert ratios.max() <= largest * 1.001
+
+
+def test_effective_rank_and_cosine_of_known_matrices() -> None:
+    basis = torch.cat([torch.eye(8), -torch.eye(8)])
+    assert effective_rank(basis) == pytest.approx(8.0)
+    assert effective_rank(torch.outer(torch.linspace(-1, 1, 9), torch.ones(4))) == pytest.approx(
+        1.0
+    )
+    assert mean_cosine(torch.eye(5)) == pytest.approx(0.0)
+    assert mean_cosine(torch.stack([torch.ones(3), -torch.ones(3)])) == pytest.approx(-1.0)

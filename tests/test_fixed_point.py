@@ -1,0 +1,159 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from new_llm.cell import ConvexCell
+from new_llm.errors import NonFiniteError
+from new_llm.fixed_point import measure, solve
+
+
+def linear(rate: Tensor, shift: Tensor) -> object:
+    return lambda context, rows: rate[rows][:, None] * context + shift[rows]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rates=st.lists(st.floats(-0.9, 0.9), min_size=1, max_size=6),
+    damping=st.sampled_from([0.0, 0.3]),
+    method=st.sampled_from(["picard", "anderson"]),
+)
+def test_finds_the_solution_of_linear_maps(rates: list[float], damping: float, method: str) -> None:
+    rate = torch.tensor(rates, dtype=torch.float64)
+    shift = torch.randn(len(rates), 3, dtype=torch.float64)
+    found = solve(
+        linear(rate, shift),  # pyright: ignore
+        torch.zeros(len(rates), 3, dtype=torch.float64),
+        tolerance=1e-10,
+        max_iterations=2000,
+        damping=damping,
+        method=method,  # pyright: ignore
+    )
+    assert found.converged.all()
+    torch.testing.assert_close(found.context, shift / (1 - rate)[:, None], atol=1e-7, rtol=1e-7)
+
+
+def test_iterations_are_counted_up_to_the_first_under_the_threshold() -> None:
+    # changes of 0.5 c + 1 from zero are 1, 1/2, 1/4, ...: the fifth is the first under 0.1
+    found = solve(lambda c, rows: 0.5 * c + 1.0, torch.zeros(1, 1), metric="l2", tolerance=0.1)
+    assert found.num_iterations.tolist() == [5]
+    assert found.change.item() == pytest.approx(1 / 16)
+    assert found.context.item() == pytest.approx(2 - 1 / 16)
+    assert len(found.curve) == 5
+
+
+def test_warm_up_is_not_looked_at() -> None:
+    found = solve(lambda c, rows: 0.5 * c, torch.ones(1, 1), metric="l2", tolerance=1.0, warmup=7)
+    assert found.num_iterations.tolist() == [8]
+
+
+def test_unconverged_tokens_count_as_the_cap_and_are_a_result() -> None:
+    rate = torch.tensor([0.1, 1.0])
+    found = solve(
+        lambda c, rows: rate[rows][:, None] * c + 1.0,
+        torch.zeros(2, 1),
+        metric="l2",
+        tolerance=1e-3,
+        max_iterations=9,
+    )
+    assert found.converged.tolist() == [True, False]
+    assert found.num_iterations.tolist() == [4, 9]
+    assert found.convergence_rate == 0.5
+    assert found.mean_iterations == 6.5
+    assert found.mean_iterations_converged == 4.0
+    assert found.context[1].item() == 9.0
+
+
+def test_converged_tokens_are_no_longer_computed() -> None:
+    sizes = []
+
+    def update(context: Tensor, rows: Tensor) -> Tensor:
+        sizes.append(len(rows))
+        rate = torch.tensor([0.01, 0.5, 0.9])[rows]
+        return rate[:, None] * context + 1.0
+
+    solve(update, torch.zeros(3, 2), tolerance=1e-3)
+    assert sizes[0] == 3 and sizes[-1] == 1 and 2 in sizes
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_each_token_ends_where_it_would_alone() -> None:
+    cell = ConvexCell(8, 4, 8).eval()
+    projected, weights = cell.project(torch.randn(5, 4)), cell.weights()
+
+    def search(chosen: Tensor) -> Tensor:
+        part = projected[chosen]
+        return solve(
+            lambda c, rows: cell.search_map(c, part[rows], weights),
+            torch.zeros(len(chosen), 8),
+            tolerance=1e-4,
+        ).context
+
+    together = search(torch.arange(5))
+    alone = torch.cat([search(torch.tensor([i])) for i in range(5)])
+    torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
+
+
+def test_the_gate_does_not_move_the_fixed_point() -> None:
+    cell = ConvexCell(16, 4, 16).double().eval()
+    projected, weights = cell.project(torch.randn(6, 4).double()), cell.weights()
+    zero = torch.zeros(6, 16).double()
+    fast = solve(lambda c, r: cell.search_map(c, projected[r], weights), zero, tolerance=1e-10)
+    slow = solve(
+        lambda c, r: cell.update(c, projected[r], weights),
+        zero,
+        tolerance=1e-12,
+        max_iterations=20_000,
+    )
+    torch.testing.assert_close(fast.context, slow.context, atol=1e-7, rtol=0)
+    assert fast.mean_iterations * 5 < slow.mean_iterations
+
+
+def test_anderson_needs_fewer_iterations() -> None:
+    matrix = torch.randn(12, 12, dtype=torch.float64)
+    matrix = 0.95 * matrix / torch.linalg.matrix_norm(matrix, 2)
+    shift = torch.randn(4, 12, dtype=torch.float64)
+
+    def update(context: Tensor, rows: Tensor) -> Tensor:
+        return context @ matrix.T + shift[rows]
+
+    zero = torch.zeros(4, 12, dtype=torch.float64)
+    plain = solve(update, zero, tolerance=1e-9, max_iterations=1000)
+    mixed = solve(update, zero, tolerance=1e-9, max_iterations=1000, method="anderson")
+    assert plain.converged.all() and mixed.converged.all()
+    assert mixed.mean_iterations < 0.8 * plain.mean_iterations
+    torch.testing.assert_close(mixed.context, plain.context, atol=1e-6, rtol=0)
+
+
+def test_metrics_are_what_the_documents_mix_up() -> None:
+    updated, context = torch.full((1, 256), 0.1), torch.zeros(1, 256)
+    mse, l2 = measure(updated, context, "mse"), measure(updated, context, "l2")
+    assert mse.item() == pytest.approx(0.01)
+    assert l2.item() == pytest.approx(1.6)
+    assert l2.item() == pytest.approx(math.sqrt(256 * mse.item()))
+    assert measure(updated, context, "residual").item() == pytest.approx(1.0)
+    assert measure(context, context, "residual").item() == 0.0
+
+
+def test_not_a_number_is_an_error_and_names_the_iteration() -> None:
+    def update(context: Tensor, rows: Tensor) -> Tensor:
+        return context * 1e30
+
+    with pytest.raises(NonFiniteError, match="iteration 2 of 50"):
+        solve(update, torch.ones(1, 2), max_iterations=50)
+
+
+@pytest.mark.parametrize(
+    "numbers", [{"damping": 1.0}, {"tolerance": 0.0}, {"max_iterations": 0}, {"warmup": -1}]
+)
+def test_numbers_out_of_range(numbers: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="damping|tolerance"):
+        solve(lambda c, r: c, torch.ones(1, 1), **numbers)  # pyright: ignore
+
+
+def test_update_must_keep_the_shape() -> None:
+    with pytest.raises(ValueError, match="keep"):
+        solve(lambda c, r: c[:, :1], torch.ones(1, 2))

@@ -1,0 +1,321 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from helpers import small_model, store_of
+from new_llm import cache, phase1, phase2
+from new_llm.cell import LayerwiseCell
+from new_llm.config import Phase1Config, Phase2Config, SolverConfig
+from new_llm.console import Console
+from new_llm.errors import DamagedCacheError, NonFiniteError, StaleCacheError
+from new_llm.evaluate import sequence_verdict, token_verdict
+from new_llm.model import NewLLM
+
+V = 80
+QUIET = Console(quiet=True)
+
+
+def make(cell: str = "convex", **changes: Any) -> NewLLM:
+    solver = SolverConfig(metric="mse", tolerance=0.01, max_iterations=50)
+    return NewLLM(small_model(cell, **changes), V, solver)
+
+
+def text(count: int = 12, seed: int = 0) -> list[list[int]]:
+    """Return texts in which a token is often followed by the next id."""
+    generator = np.random.default_rng(seed)
+    texts = []
+    for _ in range(count):
+        ids = [int(generator.integers(V))]
+        for _ in range(int(generator.integers(5, 40))):
+            jump = 1 if generator.random() < 0.8 else int(generator.integers(V))
+            ids.append((ids[-1] + jump) % V)
+        texts.append(ids)
+    return texts
+
+
+def test_the_literal_loop_is_the_documents_loop() -> None:
+    cell = LayerwiseCell(6, 4, 8, num_layers=2, initialisation="torch")
+    table = torch.randn(10, 4)
+    config = Phase1Config(epochs=2, max_iterations=4, threshold=1e-3, literal_learning_rate=1e-2)
+    twin = LayerwiseCell(6, 4, 8, num_layers=2, initialisation="torch")
+    twin.load_state_dict(cell.state_dict())
+    ids = np.array([3, 1, 4, 1, 5])
+    epochs = phase1.train_residual_literal(cell, lambda i: table[i], [ids], config)
+    optimiser = torch.optim.Adam(twin.parameters(), lr=1e-2)
+    for epoch in epochs:
+        total, steps, done = 0.0, 0, 0
+        for token in ids:
+            context = torch.zeros(6)
+            for _ in range(4):
+                optimiser.zero_grad()
+                context_new = twin(context, table[token])
+                loss = F.mse_loss(context_new, context.detach())
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+                optimiser.step()
+                context = context_new.detach()
+                steps += 1
+                if loss.item() < 1e-3:
+                    done += 1
+                    break
+            total += loss.item()
+        assert epoch.mean_loss == pytest.approx(total / 5, rel=1e-4)
+        assert epoch.mean_iterations == steps / 5
+        assert epoch.convergence_rate == done / 5
+    for ours, theirs in zip(cell.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["residual", "repetition", "contractive"])
+def test_every_objective_changes_the_cell_only(objective: str) -> None:
+    model = make("layerwise")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rows: list[dict[str, Any]] = []
+    config = Phase1Config(
+        objective=objective,  # pyright: ignore
+        max_steps=5,
+        batch_size=8,
+        literal_dialogues=1 if objective == "residual" else 0,
+        epochs=1,
+    )
+    phase1.train(
+        model, torch.arange(40), [np.arange(3)], config, seed=0, console=QUIET, log=rows.append
+    )
+    changed = {n for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
+    assert changed and all(name.startswith("blocks.0.cell.") for name in changed)
+    assert rows and all(np.isfinite(row["loss"]) for row in rows)
+
+
+def test_residual_collapses_and_contractive_spreads() -> None:
+    """The documents' own measure is met by a model that answers zero; ours is not."""
+    verdicts = {}
+    for objective, steps in (("residual", 600), ("contractive", 150)):
+        torch.manual_seed(0)
+        model = make("convex", num_blocks=1, context_width=32, embedding_width=32)
+        config = Phase1Config(
+            objective=objective,  # pyright: ignore
+            max_steps=steps,
+            batch_size=64,
+            epochs=1000,
+            threshold=1e-9,
+            max_iterations=3,
+            learning_rate=3e-3,
+        )
+        phase1.train(
+            model, torch.arange(40), [], config, seed=0, console=QUIET, log=lambda row: None
+        )
+        found = phase1.measure_convergence(model, torch.arange(40, V))
+        assert found.summary()["convergence_rate"] == 1.0
+        verdicts[objective] = token_verdict(model, torch.arange(40, V)).verdict
+    assert verdicts == {"residual": "zero_collapse", "contractive": "healthy"}
+
+
+def test_repetition_makes_a_phrase_repeat() -> None:
+    model = make("layerwise", initialisation="torch")
+    rows: list[dict[str, Any]] = []
+    config = Phase1Config(
+        objective="repetition", max_steps=40, batch_size=8, cycle_length=3, num_cycles=4
+    )
+    phase1.train(model, torch.arange(40), [], config, seed=0, console=QUIET, log=rows.append)
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+
+
+def test_a_learning_rate_that_breaks_stops_the_run() -> None:
+    model = make("layerwise")
+    config = Phase1Config(objective="residual", learning_rate=1e38, batch_size=8, threshold=1e-30)
+    with pytest.raises(NonFiniteError, match="step"):
+        phase1.train(
+            model, torch.arange(40), [], config, seed=0, console=QUIET, log=lambda row: None
+        )
+
+
+def test_convergence_is_weighted_by_positions() -> None:
+    found = phase1.Convergence(
+        ids=torch.tensor([2, 5]),
+        converged=torch.tensor([True, False]),
+        num_iterations=torch.tensor([3, 50]),
+        change=torch.tensor([0.0, 1.0]),
+        curve=torch.zeros(1, 3),
+    )
+    assert found.summary()["convergence_rate"] == 0.5
+    assert found.of_dialogue(np.array([2, 2, 2, 5]))["convergence_rate"] == 0.75
+    assert found.of_dialogue(np.array([2, 2, 2, 5]))["mean_iterations_converged"] == 3.0
+
+
+def test_variance_terms_forbid_a_constant() -> None:
+    constant = torch.full((64, 8), 0.7)
+    spread = torch.randn(4096, 8)
+    assert phase1.spread_terms(constant, 1.0)[0] > 1.0
+    assert phase1.spread_terms(spread, 1.0)[0] < 0.05
+    assert phase1.spread_terms(spread, 1.0)[1] < 0.05
+    alike = torch.randn(4096, 1).expand(-1, 8)
+    assert phase1.spread_terms(alike, 1.0)[1] > 5.0
+
+
+def train(
+    model: NewLLM, folder: Path, config: Phase2Config, *, stop_at: int | None = None, **data: Any
+) -> tuple[list[dict[str, Any]], phase2.Phase2Result | None]:
+    rows: list[dict[str, Any]] = []
+
+    def log(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if stop_at is not None and row.get("step") == stop_at:
+            import signal
+
+            signal.raise_signal(signal.SIGINT)
+
+    given: dict[str, Any] = {
+        "train": store_of(text()),
+        "valid": store_of(text(4, seed=1)),
+        "segment_length": 8,
+        "cache": None,
+    }
+    torch.manual_seed(1)
+    try:
+        result = phase2.train(
+            model,
+            phase2.Phase2Data(**(given | data)),
+            config,
+            seed=0,
+            contraction_target=0.7,
+            folder=folder,
+            console=QUIET,
+            log=log,
+        )
+    except KeyboardInterrupt:
+        return rows, None
+    return rows, result
+
+
+SMALL = Phase2Config(epochs=30, max_steps=60, batch_size=4, evaluations=2, loss_chunk=7)
+
+
+@pytest.mark.parametrize("cell", ["convex", "layerwise"])
+def test_training_lowers_the_held_out_loss(cell: str, tmp_path: Path) -> None:
+    rows, result = train(make(cell), tmp_path / "t", replace(SMALL, learning_rate=1e-2))
+    held_out = [row["loss"] for row in rows if row["stage"] == "validation"]
+    assert held_out[-1] < np.log(V) - 0.3
+    assert result is not None and result.num_steps == 60
+
+
+def test_an_interrupted_training_ends_with_the_same_bits(tmp_path: Path) -> None:
+    config = replace(SMALL, pair_hinge=0.5)
+    torch.manual_seed(3)
+    whole = make("layerwise", dropout=0.1)
+    broken = make("layerwise", dropout=0.1)
+    broken.load_state_dict(whole.state_dict())
+    _, result = train(whole, tmp_path / "whole", config)
+    _, stopped = train(broken, tmp_path / "broken", config, stop_at=30)
+    assert stopped is None
+    resumed = make("layerwise", dropout=0.1)
+    rows, again = train(resumed, tmp_path / "broken", config)
+    assert min(row["step"] for row in rows) > 30
+    assert result == again
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_assistant_loss_trains_on_assistant_tokens_only(tmp_path: Path) -> None:
+    texts = text()
+    store = store_of(texts)
+    rows, _ = train(
+        make(), tmp_path / "t", replace(SMALL, loss_on="assistant", learning_rate=1e-2), train=store
+    )
+    last = [row for row in rows if row["stage"] == "phase2"][-1]
+    assert "loss_assistant" in last and last["loss"] != last["loss_assistant"]
+
+
+def test_a_diverging_training_stops_and_names_the_step(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match="step"):
+        train(make(), tmp_path / "t", replace(SMALL, learning_rate=1e30, gradient_clip=1e30))
+
+
+def advance(amount: float = 1, note: str = "") -> None:
+    """Show nothing."""
+
+
+def test_token_scope_trains_on_cached_rows(tmp_path: Path) -> None:
+    model = make("layerwise", scope="token")
+    rows = cache.write_token_cache(tmp_path / "cache", model, advance)
+    assert rows.contexts.shape == (V, 1, 16)
+    expected = model.search(torch.arange(V)).contexts.numpy()
+    assert np.array_equal(rows.contexts, expected)
+    before = model.cells()[0].state_dict()["gates.0.weight"].clone()
+    _, result = train(model, tmp_path / "t", SMALL, cache=rows)
+    assert result is not None and result.drift is not None and result.drift > 0
+    assert not torch.equal(before, model.cells()[0].state_dict()["gates.0.weight"])
+
+
+@pytest.mark.parametrize("scope", ["token", "sequence"])
+def test_frozen_contexts_stay_what_they_are(scope: str, tmp_path: Path) -> None:
+    cell = "layerwise" if scope == "token" else "convex"
+    model = make(cell, scope=scope, tied_readout=False)
+    store = store_of(text())
+    if scope == "token":
+        rows = cache.write_token_cache(tmp_path / "cache", model, advance)
+    else:
+        rows = cache.write_sequence_cache(tmp_path / "cache", model, store, advance)
+    ids = torch.tensor([text()[2]])
+
+    def contexts() -> torch.Tensor:
+        model.eval()
+        with torch.no_grad():
+            if scope == "token":
+                return model.search_distinct(ids)
+            return torch.stack(model.stream_contexts(ids, model.initial_context(1))[1], dim=2)
+
+    before = contexts()
+    if scope == "sequence":
+        start = int(store.offsets[2])
+        cached = torch.from_numpy(np.array(rows.contexts[start : start + ids.shape[1]]))
+        torch.testing.assert_close(cached, before[0], atol=1e-5, rtol=0)
+    config = replace(SMALL, freeze_context=True, learning_rate=1e-2)
+    history, _ = train(model, tmp_path / "t", config, cache=rows, train=store)
+    losses = [row["loss"] for row in history if row["stage"] == "phase2"]
+    assert losses[-1] < losses[0] - 0.1
+    torch.testing.assert_close(contexts(), before, atol=0, rtol=0)
+
+
+def test_gpt2_cache_is_about_51_megabytes() -> None:
+    model = NewLLM(small_model("layerwise", context_width=256), 1000)
+    assert cache.cache_bytes(model, 50_259) == pytest.approx(51e6, rel=0.02)
+
+
+def test_stale_and_damaged_caches_are_refused_by_name(tmp_path: Path) -> None:
+    model, other = make(), make()
+    folder = tmp_path / "cache"
+    cache.write_token_cache(folder, model, advance)
+    assert cache.open_cache(folder, cache.token_key(model)).contexts.shape == (V, 2, 16)
+    with pytest.raises(StaleCacheError, match=cache.token_key(other)):
+        cache.open_cache(folder, cache.token_key(other))
+    model.solver = SolverConfig(tolerance=1e-3)
+    with pytest.raises(StaleCacheError):
+        cache.open_cache(folder, cache.token_key(model))
+    path = folder / cache.CONTEXTS
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    key = (folder / "cache.json").read_text().split('"')[3]
+    with pytest.raises(DamagedCacheError, match="checksum"):
+        cache.open_cache(folder, key)
+    path.write_bytes(data[:-4])
+    with pytest.raises(DamagedCacheError, match="bytes"):
+        cache.open_cache(folder, key)
+    (folder / "cache.json").write_text("{")
+    with pytest.raises(DamagedCacheError):
+        cache.open_cache(folder, key)
+
+
+def test_a_model_that_ignores_its_context_is_amnesic() -> None:
+    torch.manual_seed(0)
+    model = make("convex", num_blocks=1, context_width=32, embedding_width=32)
+    with torch.no_grad():
+        model.read_outs()[0][1].weight.zero_()  # pyright: ignore
+    diagnosis = sequence_verdict(model, store_of(text(20)), trained=True)
+    assert "amnesic" in diagnosis.verdicts
+    assert "amnesic" not in sequence_verdict(model, store_of(text(20)), trained=False).verdicts

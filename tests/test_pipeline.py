@@ -1,0 +1,389 @@
+"""The whole job, and the command line as a user runs it, on real dialogues."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from helpers import small_run, write_dialogues
+from new_llm import cli
+from new_llm.config import PRESETS, preset
+from new_llm.report import read_history, write_report
+
+QUICK = (
+    "--data.vocab-size 500 --data.sequence-length 32 --data.valid-fraction 0.2 "
+    "--model.context-width 32 --model.embedding-width 32 --model.hidden-width 32 "
+    "--phase2.max-steps 8 --phase2.batch-size 4 --phase2.evaluations 1 --quiet"
+).split()
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dialogues(tmp_path_factory.mktemp("data") / "chats.jsonl", 24)
+
+
+@pytest.fixture(scope="module")
+def finished(chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "a"
+    assert cli.main(["run", "--data", str(chats), "--out", str(out), *QUICK]) == 0
+    return out
+
+
+def test_a_finished_run_has_what_the_contract_says(finished: Path) -> None:
+    for name in ("result.json", "report.html", "config.json"):
+        assert (finished / name).is_file()
+    assert (finished / "checkpoint" / "model.safetensors").is_file()
+    result = json.loads((finished / "result.json").read_text())
+    assert {
+        "fingerprint", "verdict_phase1", "verdict_final", "evaluation", "tokens_seen", "seconds",
+    } <= result.keys()  # fmt: skip
+    assert result["verdict_phase1"]["token"]["verdict"] == "healthy"
+    assert set(result["verdict_final"]) == {"token", "sequence"}
+    for diagnosis in result["verdict_final"].values():
+        assert set(diagnosis) == {"verdict", "verdicts", "scope", "measurements", "advice"}
+        for row in diagnosis["measurements"].values():
+            assert set(row) == {"value", "threshold", "passed"}
+    record = json.loads((finished / "config.json").read_text())
+    assert record["config"]["model"]["context_width"] == 32
+    assert "torch" in record["versions"]
+    assert not (finished / "training").exists()
+
+
+def test_a_finished_run_prints_its_result_again(
+    finished: Path, chats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = (finished / "result.json").stat().st_mtime_ns
+    assert cli.main(["run", "--data", str(chats), "--out", str(finished), *QUICK]) == 0
+    assert "report:" in capsys.readouterr().out
+    assert (finished / "result.json").stat().st_mtime_ns == written
+
+
+def test_another_config_may_not_have_the_folder(
+    finished: Path, chats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = cli.main(["run", "layerwise", "--data", str(chats), "--out", str(finished), *QUICK])
+    assert code == 2
+    assert "belongs to another config (model.cell 'convex'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "doctor"])
+def test_commands_on_a_checkpoint_write_the_contracts_keys(
+    finished: Path, chats: Path, tmp_path: Path, command: str
+) -> None:
+    out = tmp_path / "out.json"
+    arguments = [command, str(finished), "--data", str(chats), "--json", str(out)]
+    assert cli.main(arguments) == 0
+    found = json.loads(out.read_text())
+    wanted = {
+        "evaluate": {
+            "loss", "perplexity", "bits_per_byte", "accuracy", "loss_assistant", "num_tokens",
+            "num_bytes",
+        },
+        "doctor": {"verdict", "verdicts", "scope", "measurements", "advice", "sequence"},
+    }  # fmt: skip
+    assert set(found) == wanted[command]
+    if command == "doctor":
+        assert found["scope"] == "token" and found["sequence"]["scope"] == "sequence"
+    assert cli.main([command, str(finished / "checkpoint"), *arguments[2:]]) == 0
+
+
+def test_generate_prints_prompt_and_continuation(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", str(finished), "--prompt", "Hello there", "--seed", "3"]
+    printed = []
+    for _ in range(2):
+        assert cli.main([*arguments, "--max-new-tokens", "20", "--top-k", "0"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert printed[0].startswith("Hello there") and len(printed[0]) > len("Hello there\n")
+
+
+def test_chat_keeps_saves_and_forgets(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = iter(["hi", f"/save {tmp_path / 'c'}", "/reset", f"/load {tmp_path / 'c'}",
+                 f"/load {tmp_path / 'none'}", "/what", "", "/quit"])  # fmt: skip
+    monkeypatch.setattr("builtins.input", lambda prompt: next(said))
+    assert cli.main(["chat", str(finished), "--max-new-tokens", "5"]) == 0
+    out = capsys.readouterr().out
+    assert "bot> " in out and "commands: /reset" in out and "a saved context expected" in out
+    assert (tmp_path / "c").stat().st_size < 10_000
+
+
+def test_conversation_is_one_text() -> None:
+    import torch
+
+    from new_llm.checkpoint import Checkpoint
+    from new_llm.config import ModelConfig, SampleConfig
+    from new_llm.generate import Conversation, read
+    from new_llm.model import NewLLM
+    from new_llm.tokenizer import ChatTokenizer
+
+    tokenizer = ChatTokenizer.train(iter(["how are you", "fine"]), 300)
+    shape = ModelConfig(context_width=16, embedding_width=16, hidden_width=16)
+    model = NewLLM(shape, tokenizer.vocab_size).eval()
+    loaded = Checkpoint(model=model, tokenizer=tokenizer, config={})
+    talk = Conversation(loaded, SampleConfig(max_new_tokens=4, seed=1))
+    answer = "".join(talk.reply("how are you"))
+    fork = talk.fork()
+    before = talk.context
+    assert before is not None
+    list(fork.reply("fine"))
+    assert torch.equal(talk.context, before)  # pyright: ignore
+    assert not torch.equal(fork.context, before)  # pyright: ignore
+    ids = tokenizer.encode_prompt([{"role": "user", "content": "how are you"}])
+    assert isinstance(answer, str)
+    first = read(model, torch.tensor([ids]))
+    assert first.context.shape == before.shape
+
+
+def test_stages_one_by_one_are_the_run(chats: Path, tmp_path: Path, finished: Path) -> None:
+    out = tmp_path / "b"
+    for command in ("phase1", "cache", "phase2", "run"):
+        assert cli.main([command, "--data", str(chats), "--out", str(out), *QUICK]) == 0
+    first, second = (json.loads((f / "result.json").read_text()) for f in (finished, out))
+    assert first["evaluation"] == second["evaluation"]
+    assert first["verdict_final"] == second["verdict_final"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_preset_goes_through(name: str, chats: Path, tmp_path: Path) -> None:
+    from new_llm.console import Console
+    from new_llm.pipeline import run
+
+    gate = small_run(chats, name)
+    out = tmp_path / "run"
+    # a narrow model after a few steps need not be healthy: the documents' own gate
+    config = gate.__class__(**{**gate.__dict__, "gate": "seed"})
+    result = run(config, out, console=Console(quiet=True))
+    assert result["evaluation"]["loss"] > 0
+    assert (result["verdict_final"]["sequence"] is None) == (config.model.scope == "token")
+
+
+@pytest.mark.slow
+def test_freeze_context_goes_through(chats: Path, tmp_path: Path) -> None:
+    arguments = ["run", "--data", str(chats), "--out", str(tmp_path / "run"), *QUICK]
+    assert cli.main([*arguments, "--phase2.freeze-context"]) == 0
+    meta = json.loads((tmp_path / "run" / "cache" / "cache.json").read_text())
+    prepared = json.loads((tmp_path / "run" / "stages" / "prepare.json").read_text())
+    assert meta["shape"] == [prepared["train_tokens"], 2, 32]
+
+
+def _empty(path: Path) -> None:
+    path.touch()
+
+
+def _binary(path: Path) -> None:
+    path.write_bytes(b'{"messages": "\xff\xfe"}\n')
+
+
+def _row(row: object) -> Callable[[Path], None]:
+    return lambda path: path.write_text(json.dumps(row) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: None, "there is no"),
+        (_empty, "is empty"),
+        (_binary, "UTF-8"),
+        (_row({"text": "x"}), "'messages'"),
+        (_row({"messages": [{"role": "bot", "content": "x"}]}), "'bot'"),
+        (_row({"messages": [{"role": "user", "content": ""}]}), "an empty one"),
+        (_row({"messages": [{"role": "user", "content": "alone"}]}), "none was left"),
+    ],
+)
+def test_bad_dialogues_leave_nothing_behind(
+    make: Callable[[Path], None], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    make(data)
+    assert cli.main(["run", "--data", str(data), "--out", str(out), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error
+    assert len(error.strip().splitlines()) <= 2
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["walk"], "a command is one of"),
+        (["run", "convexx", "--out", "x"], "a preset is one of"),
+        (["run"], "needs --out"),
+        (["run", "--out", "x", "--phase1.max-stepz", "3"], "perhaps --phase1.max-steps"),
+        (["run", "--out", "x", "--phase1.max-steps", "abc"], "--phase1.max-steps"),
+        (["run", "--out", "x", "--solver.damping", "1.5"], "solver.damping must be in [0, 1)"),
+        (["run", "--out", "x", "--phase2.learning-rate", "nan"], "learning_rate"),
+        (["run", "--out", "x", "--gate", "open"], "'open'"),
+        (["run", "--out", "x", "--model.dropout", "0.1"], "0 for the convex cell"),
+        (["generate", "none", "--prompt", "x"], "holds no model.safetensors"),
+        (["lab", "nothing"], "an experiment is one of"),
+        (["report", "none", "--out", "x"], "has no result.json"),
+    ],
+)
+def test_mistakes_are_one_clear_line(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.startswith("new-llm: ") and len(error.strip().splitlines()) <= 2
+    assert not re.search("[╭│╰]", error)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_preset_may_stand_anywhere_and_options_change_it() -> None:
+    for arguments in (
+        ["seed-layerwise", "--out", "convex", "--data", "x", "--valid", "y"],
+        ["--out", "convex", "--quiet", "seed-layerwise", "--data=x", "--valid=y"],
+    ):
+        options = cli.parse("run", arguments)
+        assert options.out == Path("convex")
+        assert options.config.preset == "seed-layerwise"
+        assert options.config.model == preset("seed-layerwise").model
+        assert (options.config.data.source, options.config.data.valid) == ("x", "y")
+    assert cli.parse("run", ["--out", "x"]).config == preset("convex")
+    frozen = cli.parse("run", ["--out", "x", "--phase2.freeze-context", "demo"])
+    assert frozen.config.phase2.freeze_context and frozen.config.preset == "demo"
+
+
+def test_a_nan_stops_with_3_and_resumable_files(
+    chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["run", "--data", str(chats), "--out", str(tmp_path / "x"), *QUICK]
+    assert cli.main([*arguments, "--phase2.learning-rate", "1e30"]) == 3
+    error = capsys.readouterr().err
+    assert "must stay finite" in error and "Traceback" not in error
+    assert not (tmp_path / "x" / "checkpoint").exists()
+    assert not (tmp_path / "x" / "result.json").exists()
+
+
+def test_a_failed_gate_stops_with_3_and_says_what_to_try(
+    chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["run", "layerwise", "--data", str(chats), "--out", str(tmp_path / "x"), *QUICK]
+    assert cli.main([*arguments, "--phase1.max-steps", "1"]) == 3
+    error = capsys.readouterr().err
+    assert "the strict gate needs the verdict healthy" in error and "--gate seed" in error
+    assert (tmp_path / "x" / "phase1").is_dir()
+    assert not (tmp_path / "x" / "cache").exists()
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "tokenizer", "missing"])
+def test_damaged_checkpoints_are_refused(
+    harm: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(finished / "checkpoint", tmp_path / "c")
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    if harm == "truncate":
+        weights.write_bytes(data[: len(data) // 2])
+    elif harm == "flip":
+        data[len(data) // 2] ^= 1
+        weights.write_bytes(data)
+    elif harm == "missing":
+        weights.unlink()
+    else:
+        from new_llm.tokenizer import ChatTokenizer
+
+        ChatTokenizer.train(iter(["other text"]), 300).save(folder)
+    assert cli.main(["generate", str(folder), "--prompt", "x"]) == 2
+    error = capsys.readouterr().err
+    assert {"truncate": "truncated", "flip": "changed", "tokenizer": "own tokenizer expected",
+            "missing": "model.safetensors"}[harm] in error  # fmt: skip
+
+
+def test_a_damaged_cache_is_refused(
+    chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "x"
+    arguments = ["--data", str(chats), "--out", str(out), *QUICK]
+    assert cli.main(["cache", *arguments]) == 0
+    path = out / "cache" / "contexts.f32"
+    path.write_bytes(path.read_bytes()[:-8])
+    assert cli.main(["run", *arguments]) == 2
+    assert "contexts.f32" in capsys.readouterr().err
+
+
+def _limited(arguments: list[str], num_bytes: int) -> subprocess.CompletedProcess[str]:
+    """Run the command line where no file may grow beyond a size: a disk that is full."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+
+    return subprocess.run(
+        [sys.executable, "-m", "new_llm", *arguments],
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_a_file_that_cannot_grow_stops_with_3(chats: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x"
+    arguments = ["run", "--data", str(chats), "--out", str(out), *QUICK]
+    stopped = _limited(arguments, 60_000)
+    assert stopped.returncode == 3, stopped.stderr
+    assert "Traceback" not in stopped.stderr and "disk is full" in stopped.stderr
+    assert not list(out.rglob("*.part"))
+    assert cli.main(arguments) == 0
+
+
+def test_the_report_is_one_offline_page(finished: Path, tmp_path: Path) -> None:
+    page = (finished / "report.html").read_text()
+    assert page.count("<svg") == 4
+    assert not re.search(r'(?:src|href)="(?!#)', page.replace("xlink:href", "href"))
+    assert "url(http" not in page and "@import" not in page
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    other = shutil.copytree(finished, tmp_path / "other")
+    result = json.loads((other / "result.json").read_text())
+    result["samples"][0]["text"] = "<script>alert(1)</script>"
+    (other / "result.json").write_text(json.dumps(result))
+    write_report([finished, other], tmp_path / "both.html")
+    both = (tmp_path / "both.html").read_text()
+    assert "<script>" not in both and "&lt;script&gt;" in both
+    assert "a beside other" in both
+
+
+def test_a_history_cut_short_is_read_up_to_there(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_history(path) == [{"step": 1}, {"step": 2}]
+    assert read_history(tmp_path / "none") == []
+
+
+@pytest.mark.ultrachat
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["convex", "seed-sequential"])
+def test_real_ultrachat_goes_through(name: str, ultrachat: Path, tmp_path: Path) -> None:
+    arguments = ["run", name, "--data", str(ultrachat / "train.jsonl"), "--out",
+                 str(tmp_path / "x"), "--valid", str(ultrachat / "valid.jsonl"), "--quiet",
+                 "--data.max-dialogues", "20", "--phase1.max-steps", "40",
+                 "--phase1.literal-dialogues", "0", "--phase2.max-steps", "3",
+                 "--model.context-width", "64", "--model.embedding-width", "64",
+                 "--data.vocab-size", "1000"]  # fmt: skip
+    assert cli.main(arguments) == 0
+    result = json.loads((tmp_path / "x" / "result.json").read_text())
+    assert result["evaluation"]["num_bytes"] > 100_000
