@@ -101,7 +101,7 @@ class ContextCellContract:
         )  # fmt: skip
         expected = scan(cell, x, initial, starts=starts, real=real)
         torch.testing.assert_close(swept.contexts, expected, atol=1e-12, rtol=0)
-        assert swept.num_sweeps == 9
+        assert swept.num_sweeps <= 9
 
     def test_a_start_forgets_and_padding_holds(self, cell: ContextCell) -> None:
         x, initial, _, _ = text(2, 6)

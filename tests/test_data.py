@@ -152,7 +152,7 @@ def test_the_default_package_is_real_chats() -> None:
     roles = [m["role"] for m in dialogues[0]]
     assert roles[:2] == ["user", "assistant"]
     text = "\n".join(m["content"] for d in dialogues for m in d).lower()
-    assert "@gmail" not in text and "http" not in text and "fuck" not in text
+    assert "@gmail" not in text and "http://" not in text and "fuck" not in text
 
 
 @settings(max_examples=200, deadline=None)

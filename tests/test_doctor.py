@@ -128,10 +128,13 @@ def test_a_stack_has_the_verdict_of_its_worst_block() -> None:
 
 def test_amnesia_is_judged_only_after_training() -> None:
     good = diagnose_tokens(subject(healthy))
-    kwargs = {"gain_nats": 0.001, "context_length": 1.0}
-    assert with_memory(good, **kwargs, trained=True).verdict == "amnesic"
-    assert with_memory(good, **kwargs, trained=False).verdict == "healthy"
-    assert with_memory(good, gain_nats=0.5, context_length=9.0, trained=True).verdict == "healthy"
+    for gain, trained, verdict in (
+        (0.001, True, "amnesic"),
+        (0.001, False, "healthy"),
+        (0.5, True, "healthy"),
+    ):
+        found = with_memory(good, gain_nats=gain, context_length=3.0, trained=trained)
+        assert found.verdict == verdict
 
 
 @pytest.mark.parametrize("largest", [0.3, 1.0, 4.0])

@@ -56,7 +56,7 @@ def test_unconverged_tokens_count_as_the_cap_and_are_a_result() -> None:
         lambda c, rows: rate[rows][:, None] * c + 1.0,
         torch.zeros(2, 1),
         metric="l2",
-        tolerance=1e-3,
+        tolerance=2e-3,
         max_iterations=9,
     )
     assert found.converged.tolist() == [True, False]
@@ -140,7 +140,7 @@ def test_metrics_are_what_the_documents_mix_up() -> None:
 
 def test_not_a_number_is_an_error_and_names_the_iteration() -> None:
     def update(context: Tensor, rows: Tensor) -> Tensor:
-        return context * 1e30
+        return context * 1e10
 
     with pytest.raises(NonFiniteError, match="iteration 2 of 50"):
         solve(update, torch.ones(1, 2), max_iterations=50)
@@ -150,7 +150,7 @@ def test_not_a_number_is_an_error_and_names_the_iteration() -> None:
     "numbers", [{"damping": 1.0}, {"tolerance": 0.0}, {"max_iterations": 0}, {"warmup": -1}]
 )
 def test_numbers_out_of_range(numbers: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="damping|tolerance"):
+    with pytest.raises(ValueError, match=r"damping|tolerance"):
         solve(lambda c, r: c, torch.ones(1, 1), **numbers)  # pyright: ignore
 
 

@@ -50,7 +50,7 @@ def test_the_literal_loop_is_the_documents_loop() -> None:
     for epoch in epochs:
         total, steps, done = 0.0, 0, 0
         for token in ids:
-            context = torch.zeros(6)
+            context, loss = torch.zeros(6), torch.zeros(())
             for _ in range(4):
                 optimiser.zero_grad()
                 context_new = twin(context, table[token])
@@ -127,7 +127,7 @@ def test_repetition_makes_a_phrase_repeat() -> None:
 
 def test_a_learning_rate_that_breaks_stops_the_run() -> None:
     model = make("layerwise")
-    config = Phase1Config(objective="residual", learning_rate=1e38, batch_size=8, threshold=1e-30)
+    config = Phase1Config(objective="residual", learning_rate=1e30, batch_size=8, threshold=1e-30)
     with pytest.raises(NonFiniteError, match="step"):
         phase1.train(
             model, torch.arange(40), [], config, seed=0, console=QUIET, log=lambda row: None
@@ -164,7 +164,7 @@ def train(
 
     def log(row: dict[str, Any]) -> None:
         rows.append(row)
-        if stop_at is not None and row.get("step") == stop_at:
+        if row["stage"] == "phase2" and row["step"] == stop_at:
             import signal
 
             signal.raise_signal(signal.SIGINT)

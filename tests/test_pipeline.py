@@ -190,7 +190,10 @@ def _binary(path: Path) -> None:
 
 
 def _row(row: object) -> Callable[[Path], None]:
-    return lambda path: path.write_text(json.dumps(row) + "\n")
+    def write(path: Path) -> None:
+        path.write_text(json.dumps(row) + "\n")
+
+    return write
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ LIPSCHITZ = {"silu": 1.0999, "gelu": 1.1290, "tanh": 1.0}
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "tanh": torch.tanh}
 # larger limits only bound the training; a larger start was measured to be worse
 LARGEST_INITIAL_COUPLING = 0.95
+# singular directions that training follows: one alone is lost when another overtakes it
+FOLLOWED = 8
 
 Weights = tuple[Tensor, ...]
 
@@ -222,7 +224,7 @@ class ConvexCell(ContextCell):
     context: it would multiply the Jacobian and undo the damping.
 
     Source: gates from the token alone, minGRU (arXiv:2410.01201); spectral parametrisation by
-    power iteration (arXiv:1802.05957), here on the product of two norms.
+    power iteration (arXiv:1802.05957), here of a subspace and on the product of two norms.
 
     >>> cell = ConvexCell(8, 6, 16, coupling_limit=0.9)
     >>> cell(torch.zeros(3, 8), torch.ones(3, 6)).shape
@@ -255,8 +257,10 @@ class ConvexCell(ContextCell):
         self.from_context = nn.Linear(context_width, hidden_width, bias=False)
         self.to_delta = nn.Linear(hidden_width, context_width)
         self.to_forget = nn.Linear(embedding_width, context_width)
-        self.register_buffer("context_direction", torch.ones(context_width))
-        self.register_buffer("delta_direction", torch.ones(hidden_width))
+        # orthonormal columns that follow the largest singular directions
+        followed = min(FOLLOWED, context_width, hidden_width)
+        self.register_buffer("context_directions", torch.ones(context_width, followed))
+        self.register_buffer("delta_directions", torch.ones(hidden_width, followed))
         self._initialise(longest_timescale)
 
     @torch.no_grad()
@@ -284,15 +288,13 @@ class ConvexCell(ContextCell):
     @torch.no_grad()
     def sharpen(self) -> None:
         """Set the singular directions, on which the limit rests, from a full decomposition."""
-        for weight, direction in self._coupled():
-            direction.copy_(torch.linalg.svd(weight.float())[2][0])
+        for weight, directions in self._coupled():
+            directions.copy_(torch.linalg.svd(weight.float())[2][: directions.shape[1]].T)
 
     def _coupled(self) -> list[tuple[Tensor, Tensor]]:
-        context_direction = self.get_buffer("context_direction")
-        delta_direction = self.get_buffer("delta_direction")
         return [
-            (self.from_context.weight, context_direction),
-            (self.to_delta.weight, delta_direction),
+            (self.from_context.weight, self.get_buffer("context_directions")),
+            (self.to_delta.weight, self.get_buffer("delta_directions")),
         ]
 
     def project(self, x: Tensor) -> Tensor:
@@ -303,24 +305,33 @@ class ConvexCell(ContextCell):
     def weights(self) -> Weights:
         """Return `W_c`, `W_d` with the coupling limit applied, and `b_d`.
 
-        In training the norms follow the weights by a few power iterations; the gradient flows
-        through them.
+        In training the norms follow the weights by subspace iteration; the gradient flows through
+        them.
         """
         norms = []
-        for weight, direction in self._coupled():
+        for weight, directions in self._coupled():
             if self.training and torch.is_grad_enabled():
-                with torch.no_grad():
-                    followed = direction.clone()
-                    for _ in range(self.power_iterations):
-                        followed = F.normalize(weight.T @ (weight @ followed), dim=0)
-                    direction.copy_(followed)
-            norms.append((weight @ direction.clone()).norm())
+                self._follow(weight, directions)
+            norms.append((weight @ directions[:, 0].clone()).norm())
         if self.coupling_limit == 0.0:
             from_context = torch.zeros_like(self.from_context.weight)
             return from_context, self.to_delta.weight, self.to_delta.bias
         q2 = LIPSCHITZ[self.activation] * norms[0] * norms[1]
         scale = (self.coupling_limit / q2.clamp(min=self.coupling_limit)).sqrt()
         return self.from_context.weight * scale, self.to_delta.weight * scale, self.to_delta.bias
+
+    @torch.no_grad()
+    def _follow(self, weight: Tensor, directions: Tensor) -> None:
+        """Turn orthonormal columns towards the largest singular directions, the first foremost."""
+        if not torch.isfinite(weight).all():
+            return  # the loss is NaN then, and says so
+        weight = weight / weight.abs().amax().clamp(min=1e-30)
+        followed = directions
+        for _ in range(self.power_iterations):
+            followed = torch.linalg.qr(weight.T @ (weight @ followed))[0]
+        # within their span the largest direction is exact
+        inside = torch.linalg.eigh((weight @ followed).T @ (weight @ followed))[1]
+        directions.copy_(followed @ inside.flip(1))
 
     def search_map(self, context: Tensor, projected: Tensor, weights: Weights) -> Tensor:
         """Return `delta(context, x)`: the gate does not move the fixed point, so it is left out."""

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import errno
+import difflib
 import io
 import re
 import sys
@@ -392,15 +392,23 @@ def reword(box: str, program: str) -> str:
     'no such thing; see new-llm run --help'
     """
     lines = [line.strip("│ ").strip() for line in box.splitlines()]
+    rules = [i for i, line in enumerate(lines) if line and not line.strip("─-╭╮╰╯ ")]
+    # where the terminal has no such characters, the title is a line of its own above a rule
+    if rules and rules[0] == 1:
+        lines = lines[2:]
     lines = [line for line in lines if line and line[0] not in "╭╰"]
-    first = lines[: next((i for i, line in enumerate(lines) if set(line) == {"─"}), len(lines))]
+    is_rule = [not line.strip("─-") for line in lines]
+    first = lines[: is_rule.index(True) if True in is_rule else len(lines)]
     text = re.sub(r" ?Got errors:.*", "", " ".join(first))
     if "Missing from" in text or "Required" in text:
-        missing = ", ".join(re.findall(r"--[\w.-]+|CKPT|NAME\|all|DIR\.\.\.", " ".join(first)))
+        names = re.findall(r"--[a-z][\w.-]*|CKPT|NAME\|all|DIR\.\.\.", " ".join(first))
+        missing = ", ".join(names)
         text = f"{program} needs {missing}"
     meant = re.findall(r"^--[\w.-]+", "\n".join(lines[len(first) :]), flags=re.MULTILINE)
-    if "Unrecognized" in text and meant:
-        text += f"; perhaps {' or '.join(dict.fromkeys(meant))} was meant"
+    given = re.search(r"--[\w.-]+", text)
+    if "Unrecognized" in text and meant and given:
+        closest = difflib.get_close_matches(given[0], meant, n=1, cutoff=0.0)
+        text += f"; perhaps {closest[0]} was meant"
     return f"{text.rstrip('.')}; see {program} --help"
 
 
@@ -430,7 +438,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("new-llm: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        from .files import FULL
+
+        if error.errno not in FULL:
             raise
         print("new-llm: the disk is full; free some space and repeat", file=sys.stderr)
         return DiskFullError.exit_code

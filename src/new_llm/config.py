@@ -15,6 +15,8 @@ from .errors import ConfigError
 CellName = Literal["sequential", "layerwise", "convex"]
 MetricName = Literal["residual", "mse", "l2"]
 T = TypeVar("T")
+# float32 holds its products with the optimiser's corrections
+_LARGEST = 1e30
 
 
 def _require(owner: object, name: str, holds: bool, wanted: str) -> None:
@@ -201,7 +203,7 @@ class Phase1Config:
         _require(self, "epochs", 1 <= self.epochs <= 100_000, "in [1, 100000]")
         _require(self, "literal_dialogues", self.literal_dialogues >= 0, "at least 0")
         for name in ("learning_rate", "literal_learning_rate", "threshold", "gradient_clip"):
-            _require(self, name, getattr(self, name) > 0.0, "positive")
+            _require(self, name, 0.0 < getattr(self, name) <= _LARGEST, f"in (0, {_LARGEST:g}]")
         _require(self, "max_iterations", 1 <= self.max_iterations <= 100_000, "in [1, 100000]")
         steps = self.max_steps
         _require(self, "max_steps", steps is None or steps >= 1, "at least 1, or none")
@@ -260,7 +262,7 @@ class Phase2Config:
         for name in ("batch_size", "loss_chunk", "evaluation_tokens"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "gradient_clip"):
-            _require(self, name, getattr(self, name) > 0.0, "positive")
+            _require(self, name, 0.0 < getattr(self, name) <= _LARGEST, f"in (0, {_LARGEST:g}]")
         _require(self, "final_learning_rate", 0.0 <= self.final_learning_rate <= 1.0, "in [0, 1]")
         for name in ("warmup_steps", "evaluations"):
             _require(self, name, getattr(self, name) >= 0, "at least 0")

@@ -22,7 +22,7 @@ _PARQUET_BATCH = 1024
 # characters below which a small talk says nothing to learn from
 _SHORTEST_CHAT = 40
 _CONTACT = re.compile(
-    r"[\w.+-]+@[\w-]+\.\w+|https?://|www\.|(?<!\w)@\w{3,}|\+?\d[\d\s().-]{7,}\d", re.IGNORECASE
+    r"[\w.+-]+@[\w-]+\.\w+|https?://|www\.|@\s*\w{2,}|\+?\d[\d\s().-]{7,}\d", re.IGNORECASE
 )
 _PROFANITY = re.compile(
     r"\b(?:fuck\w*|motherfuck\w*|shit\w*|bullshit|bitch\w*|cunt\w*|nigg\w*|fag(?:got)?s?|asshole\w*"

@@ -32,8 +32,8 @@ from .recurrence import sweep
 
 # positions of held-out dialogues that sequence verdicts look at
 DIAGNOSED_SEQUENCES, DIAGNOSED_LENGTH = 8, 512
-# held-out ids that token verdicts look at: at least 4C of a wide model, and within memory
-MOST_DIAGNOSED_IDS = 8192
+# held-out ids that token verdicts look at, as a multiple of C: a rank of C/4 needs some
+DIAGNOSED_WIDTHS = 4
 _AGES = 256
 _LOSS_CHUNK = 1024
 
@@ -199,8 +199,10 @@ def token_verdict(model: NewLLM, ids: Tensor | None = None) -> Diagnosis:
     model.eval()
     if ids is None:
         width = model.config.context_width
-        held_out = held_out_ids(model.vocab_size, width)[:MOST_DIAGNOSED_IDS]
-        ids = torch.from_numpy(held_out)
+        held_out = held_out_ids(model.vocab_size, width)
+        # evenly over the vocabulary: low ids are frequent tokens in most tokenizers
+        places = np.linspace(0, len(held_out) - 1, min(DIAGNOSED_WIDTHS * width, len(held_out)))
+        ids = torch.from_numpy(held_out[places.astype(int)])
     found = model.search(ids.to(model.embedding.weight.device))
     deep = SolverConfig(
         metric="residual",

@@ -15,6 +15,8 @@ from .errors import CheckpointError, DiskFullError
 _BLOCK_BYTES = 1 << 22
 # what must stay free beside a large file, so that logs and checkpoints still fit
 _MARGIN_BYTES = 64 << 20
+# no space, no quota, or no larger file allowed
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -117,7 +119,7 @@ def require_space(folder: Path, num_bytes: int) -> None:
 
 def disk_error(error: OSError, path: Path) -> Exception:
     """Return the error a user can act on, for an operating system error while writing `path`."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         return DiskFullError(
             f"{path} must be written, but the disk is full; "
             "free some space and run the same command again"

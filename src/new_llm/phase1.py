@@ -389,8 +389,9 @@ class Convergence:
 
     def summary(self, counts: Tensor | None = None) -> dict[str, float | None]:
         """Return rate, mean iterations and mean last change, tokens weighted by `counts` `[N]`."""
-        weight = torch.ones(len(self.ids)) if counts is None else counts.float()
-        weight = weight / weight.sum().clamp(min=1.0)
+        weight = torch.ones(len(self.ids)) if counts is None else counts
+        # double: a rate of all tokens must be 1 exactly
+        weight = weight.double() / weight.double().sum().clamp(min=1.0)
         done = weight * self.converged
         mean_converged = None
         if done.sum() > 0:

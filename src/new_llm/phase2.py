@@ -334,6 +334,8 @@ class _Trainer:
     def _hinge(self, ids: Tensor, real: Tensor) -> Tensor:
         """Keep contraction at a sample of the contexts that this segment ended in."""
         chosen = real[:, -1]
+        if not chosen.any():
+            return self.context.new_zeros(())
         x = self.model.embed(ids[:, -1][chosen])
         block = self.model.cells()[0]
         return pair_hinge(block, x, self.context[chosen, 0], self.contraction_target)

@@ -173,7 +173,7 @@ class _ConvexScan(torch.autograd.Function):
             torch.mm(to_bias[t], to_delta, out=to_token[t])
             to_token[t].mul_(slope[t])
             torch.addmm(total[t] * forget[t], to_token[t], from_context, out=carry)
-            if ctx.resets[t]:
+            if keep is not None and ctx.resets[t]:
                 carry.mul_(keep[t])
         width, hidden_width = forget.shape[-1], preactivation.shape[-1]
         flat_bias, flat_token = to_bias.view(-1, width), to_token.view(-1, hidden_width)
