@@ -167,6 +167,8 @@ def test_any_text_survives_and_never_holds_role_ids(tokenizer: ChatTokenizer, te
 def test_the_mask_covers_what_the_assistant_says(tokenizer: ChatTokenizer) -> None:
     messages = [{"role": "system", "content": "be kind"}, *chat("hi <|im_end|>", "day 1 is fine")]
     ids, mask = tokenizer.encode_dialogues([messages])[0]
+    assert tokenizer.decode_dialogue(ids) == messages
+    assert tokenizer.decode_dialogue(ids[:-2])[:-1] == messages[:-1]
     text = (
         "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhi <|im_end|><|im_end|>\n"
         "<|im_start|>assistant\nday 1 is fine<|im_end|>\n"

@@ -15,7 +15,8 @@ import pytest
 from helpers import small_run, write_dialogues
 from new_llm import cli
 from new_llm.config import PRESETS, preset
-from new_llm.report import read_history, write_report
+from new_llm.records import read_history
+from new_llm.report import write_report
 
 QUICK = (
     "--data.vocab-size 500 --data.sequence-length 32 --data.valid-fraction 0.2 "
@@ -362,7 +363,7 @@ def test_the_report_is_one_offline_page(finished: Path, tmp_path: Path) -> None:
     assert len(ids) == len(set(ids))
     other = shutil.copytree(finished, tmp_path / "other")
     result = json.loads((other / "result.json").read_text())
-    result["samples"][0]["text"] = "<script>alert(1)</script>"
+    result["samples"][0][0]["assistant"] = "<script>alert(1)</script>"
     (other / "result.json").write_text(json.dumps(result))
     write_report([finished, other], tmp_path / "both.html")
     both = (tmp_path / "both.html").read_text()

@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "new_llm"
 ORDER = [
     "errors", "config", "console", "files", "dialogues", "tokenizer", "data", "cell",
     "fixed_point", "recurrence", "doctor", "model", "checkpoint", "evaluate", "phase1", "cache",
-    "phase2", "generate", "report", "pipeline", "lab", "cli", "__main__",
+    "phase2", "generate", "records", "plots", "report", "pipeline", "lab", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -136,18 +136,7 @@ def show_result(result: dict[str, Any], out: Path, console: Console) -> None:
         ["accuracy", evaluation["accuracy"]],
         ["tokens seen", result["tokens_seen"]],
     ]
-    columns = ["metric", "converged", "mean iterations", "of the converged", "mean change"]
-    convergence = [
-        [
-            name,
-            f"{row['convergence_rate']:.1%}",
-            row["mean_iterations"],
-            row["mean_iterations_converged"],
-            row["mean_change"],
-        ]
-        for name, row in result["convergence"].items()
-    ]
-    console.table("Convergence of tokens after Phase 1", columns, convergence)
+    show_convergence(result["convergence"], console)
     console.table("Result on held-out dialogues", ["quantity", "value"], rows)
     for scope, diagnosis in result["verdict_final"].items():
         if diagnosis is not None:
@@ -156,15 +145,36 @@ def show_result(result: dict[str, Any], out: Path, console: Console) -> None:
             console.show(f"verdict, {scope} scope: {diagnosis['verdict']}{also}")
             if diagnosis["verdict"] != "healthy":
                 console.show(f"  what to try: {diagnosis['advice'][0]}")
-    for sample in result["samples"]:
-        console.show(f"\n--- sample ---\n{sample['prompt']}{sample['text']}")
+    for turns in result["samples"]:
+        console.show("\nsample conversation")
+        for turn in turns:
+            console.show(f"  user       {turn['user']}\n  assistant  {turn['assistant']}")
     console.show(f"\nreport: {out / 'report.html'}\ncheckpoint: {out / 'checkpoint'}")
+
+
+def show_convergence(convergence: dict[str, Any], console: Console) -> None:
+    """Print how tokens converge by each metric, untrained beside trained."""
+    columns = ["metric", "converged", "mean iterations", "of the converged", "mean change"]
+    rows = [
+        [
+            name,
+            f"{row['convergence_rate']:.1%}",
+            row["mean_iterations"],
+            row["mean_iterations_converged"],
+            row["mean_change"],
+        ]
+        for name, row in convergence.items()
+    ]
+    console.table("Convergence of tokens after Phase 1", columns, rows)
 
 
 def _phase1(options: RunOptions) -> None:
     from .pipeline import Run
 
-    Run(options.config, options.out, Console(quiet=options.quiet)).phase1()
+    console = Console(quiet=options.quiet)
+    found = Run(options.config, options.out, console).phase1()
+    show_convergence(found["convergence"], console)
+    console.show(f"verdict after Phase 1: {found['verdict']['token']['verdict']}")
 
 
 def _cache(options: RunOptions) -> None:

@@ -70,7 +70,7 @@ def train_residual_literal(
     Source: the founding documents, "Phase 1 Training Loop".
     """
     parameters = list(cell.parameters())
-    optimiser = torch.optim.Adam(parameters, lr=config.literal_learning_rate)
+    optimiser = torch.optim.Adam(parameters, lr=config.literal_learning_rate, fused=True)
     cell.train()
     epochs = []
     for _ in range(config.epochs):
@@ -120,7 +120,7 @@ def train_residual(
     iteration on the mean over its tokens, until the mean loss is under the threshold; each distinct
     token counts once an epoch, however often it occurs.
     """
-    optimiser = torch.optim.Adam(cell.parameters(), lr=config.learning_rate)
+    optimiser = torch.optim.Adam(cell.parameters(), lr=config.learning_rate, fused=True)
     generator = torch.Generator().manual_seed(seed)
     cell.train()
     step = 0
@@ -152,7 +152,7 @@ def train_repetition(
 
     Source: the founding documents, "Repetition Training".
     """
-    optimiser = torch.optim.Adam(cell.parameters(), lr=config.learning_rate)
+    optimiser = torch.optim.Adam(cell.parameters(), lr=config.learning_rate, fused=True)
     generator = torch.Generator().manual_seed(seed)
     cell.train()
     cycle = config.cycle_length
@@ -179,7 +179,7 @@ def train_contractive(
 
     Source: variance and covariance terms, VICReg (arXiv:2105.04906).
     """
-    optimiser = torch.optim.Adam(cell.parameters(), lr=config.learning_rate)
+    optimiser = torch.optim.Adam(cell.parameters(), lr=config.learning_rate, fused=True)
     generator = torch.Generator().manual_seed(seed)
     cell.train()
     total = _num_steps(len(x), config)

@@ -161,7 +161,8 @@ def train(
 
     every = max(segments.num_steps // config.evaluations, 1) if config.evaluations else 0
     held_out = head(data.valid, config.evaluation_tokens)
-    saved = time.monotonic()
+    begun = saved = time.monotonic()
+    seen_before = tokens_seen
     smooth: float | None = None
     with console.track("phase 2", segments.num_steps) as advance, _interrupt() as interrupted:
         advance(step)
@@ -170,14 +171,13 @@ def train(
                 drift = trainer.rebuild_rows() or drift
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, segments.num_steps, config)
-            begun = time.monotonic()
             segment = segments.at(step)
             row = trainer.step(segment, step)
             step += 1
             tokens_seen += int(segment.counts.sum())
             smooth = row["loss"] if smooth is None else _SMOOTH * smooth + 0.05 * row["loss"]
-            seconds = time.monotonic() - begun
-            advance(1, f"loss {smooth:.3f}  {segment.counts.sum() / seconds:,.0f} tokens/s")
+            speed = (tokens_seen - seen_before) / (time.monotonic() - begun)
+            advance(1, f"loss {smooth:.3f}  {speed:,.0f} tokens/s")
             if step % _LOG_EVERY == 0 or step == segments.num_steps:
                 log({"stage": "phase2", "step": step, "tokens": tokens_seen, **row})
             if every and step % every == 0 and step < segments.num_steps:

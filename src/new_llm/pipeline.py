@@ -41,13 +41,16 @@ from .evaluate import (
     verdict_dict,
 )
 from .files import disk_error, read_json, write_json
-from .generate import continue_ids
+from .generate import Conversation
 from .model import NewLLM, num_parameters
-from .report import read_history, write_report
+from .records import read_history
+from .report import write_report
 
 # dialogues whose convergence is shown one by one
 _SHOWN_DIALOGUES = 10
-_NUM_SAMPLES = 3
+# conversations of the sample text, their turns, and dialogues that they are chosen from
+_NUM_SAMPLES, _NUM_TURNS, _LOOKED_AT = 3, 3, 50
+_SEEDS_METRIC = "mse < 0.01"
 _STAGES = ("prepare", "phase1", "cache", "phase2", "evaluate")
 
 
@@ -194,9 +197,9 @@ class Run:
         return read_json(path, f"the result of stage {name}") if path.exists() else None
 
     @contextmanager
-    def _recorded(self, name: str) -> Iterator[dict[str, Any]]:
+    def _recorded(self, name: str, begun: float | None = None) -> Iterator[dict[str, Any]]:
         """Yield a dict that becomes the stage's result, with its seconds, if all goes well."""
-        begun = time.monotonic()
+        begun = time.monotonic() if begun is None else begun
         result: dict[str, Any] = {}
         yield result
         result["seconds"] = round(time.monotonic() - begun, 3)
@@ -221,8 +224,8 @@ class Run:
         if self._prepared is not None:
             return self._prepared
         done = self._stage("prepare")
+        begun = time.monotonic()
         with self.console.track("tokenising dialogues", None) as advance:
-            begun = time.monotonic()
             try:
                 prepared = prepare(
                     self.config.data,
@@ -234,7 +237,7 @@ class Run:
                     self._give_back()
                 raise
         if done is None:
-            with self._recorded("prepare") as result:
+            with self._recorded("prepare", begun) as result:
                 result |= {
                     **prepared.report,
                     "train_tokens": prepared.train.num_tokens,
@@ -243,7 +246,6 @@ class Run:
                     "train_fingerprint": prepared.train.fingerprint,
                     "valid_fingerprint": prepared.valid.fingerprint,
                     "tokenizer_fingerprint": prepared.tokenizer.fingerprint,
-                    "prepare_seconds": round(time.monotonic() - begun, 3),
                 }
         self.console.say(
             f"data: {prepared.train.num_tokens:,} tokens in {prepared.train.num_dialogues:,} "
@@ -318,7 +320,9 @@ class Run:
             result["verdict"] = verdict_dict(token, sequence)
             result["weights"] = weights_fingerprint(model)
             save_checkpoint(self.folder.phase1_checkpoint, model, prepared.tokenizer)
-        self._show_convergence(result)
+        rate = result["convergence"][_SEEDS_METRIC]["convergence_rate"]
+        verdict = result["verdict"]["token"]["verdict"]
+        self.console.say(f"{rate:.1%} of tokens converged by {_SEEDS_METRIC}, verdict {verdict}")
         return result
 
     def _first_dialogues(self, held_out: np.ndarray) -> list[np.ndarray]:
@@ -339,7 +343,7 @@ class Run:
         shown = range(min(_SHOWN_DIALOGUES, valid.num_dialogues))
         return {
             "convergence": {
-                "mse < 0.01": by_seeds.summary(counts[ids]),
+                _SEEDS_METRIC: by_seeds.summary(counts[ids]),
                 f"{model.solver.metric} < {model.solver.tolerance:g}": own.summary(counts[ids]),
             },
             "dialogues": [by_seeds.of_dialogue(valid.dialogue(i)) for i in shown],
@@ -347,23 +351,8 @@ class Run:
             "iterations": torch.bincount(own.num_iterations).tolist(),
         }
 
-    def _show_convergence(self, result: dict[str, Any]) -> None:
-        columns = ["metric", "converged", "mean iterations", "of the converged", "mean change"]
-        rows = [
-            [
-                name,
-                f"{row['convergence_rate']:.1%}",
-                row["mean_iterations"],
-                row["mean_iterations_converged"],
-                row["mean_change"],
-            ]
-            for name, row in result["convergence"].items()
-        ]
-        self.console.table("Convergence of tokens after Phase 1", columns, rows)
-        self.console.show(f"verdict after Phase 1: {result['verdict']['token']['verdict']}")
-
     def _check_gate(self, result: dict[str, Any]) -> None:
-        rate = result["convergence"]["mse < 0.01"]["convergence_rate"]
+        rate = result["convergence"][_SEEDS_METRIC]["convergence_rate"]
         verdict = result["verdict"]["token"]
         advice = "; ".join(verdict["advice"])
         if rate < THRESHOLDS.gate_rate:
@@ -465,18 +454,26 @@ class Run:
                 }
         return self._write_result()
 
-    def _samples(self, loaded: Checkpoint) -> list[dict[str, str]]:
-        """Answer the first message of a few held-out dialogues."""
-        tokenizer, valid = loaded.tokenizer, self.prepare().valid
+    def _samples(self, loaded: Checkpoint) -> list[list[dict[str, str]]]:
+        """Hold a few conversations: a held-out dialogue's user speaks, the model answers."""
+        valid = self.prepare().valid
+        said = [
+            [m["content"] for m in loaded.tokenizer.decode_dialogue(valid.dialogue(i))
+             if m["role"] == "user" and m["content"].strip()]
+            for i in range(min(_LOOKED_AT, valid.num_dialogues))
+        ]  # fmt: skip
+        # longer ones first: they show whether anything is remembered
+        said.sort(key=lambda turns: -min(len(turns), _NUM_TURNS))
         samples = []
-        for i in range(min(_NUM_SAMPLES, valid.num_dialogues)):
-            ids = valid.dialogue(i)
-            openings = np.flatnonzero(ids == tokenizer.im_start_id)
-            # up to the second message, which the model is asked to say instead
-            end = int(openings[1]) if len(openings) > 1 else len(ids)
-            prompt = ids[:end].tolist() + tokenizer.answer_header()
-            drawn = continue_ids(loaded, prompt, self.config.sample)
-            samples.append({"prompt": tokenizer.decode(prompt), "text": drawn})
+        for number, turns in enumerate(said[:_NUM_SAMPLES]):
+            drawn = replace(self.config.sample, seed=self.config.sample.seed + number)
+            conversation = Conversation(loaded, drawn)
+            samples.append(
+                [
+                    {"user": text, "assistant": "".join(conversation.reply(text)).strip()}
+                    for text in turns[:_NUM_TURNS]
+                ]
+            )
         return samples
 
     def _write_result(self) -> dict[str, Any]:

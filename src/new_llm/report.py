@@ -1,69 +1,49 @@
 """Run records to one HTML page that needs nothing but itself. Never touches a model."""
 
-import io
 import json
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from .console import format_cell
 from .errors import CheckpointError
-from .files import read_json, write_text
+from .files import write_text
+from .plots import COLOURS, plots
+from .records import RunRecord, read_record
 
-_COLOURS = ("#2f7fb8", "#c8662a", "#3a9a68", "#8a63b8", "#b8a02f", "#777777")
-_FIGURE_INCHES = (6.2, 3.6)
-# points of a training curve: more would only make the page heavy
-_MOST_POINTS = 400
+_BLANK = "\N{EN DASH}"
 
 _WORDS = {
-    "healthy": "Every token settles, from any start, at a place of its own.",
+    "healthy": "Every context settles, at a place of its own, and reads itself on the way.",
     "non_finite": "The contexts hold NaN or infinity.",
-    "zero_collapse": "The contexts that were delivered are all but zero: the seeds' measure is met "
-    "by answering nothing.",
+    "zero_collapse": "The contexts are all but zero: the seeds' measure is met by saying nothing.",
     "identity_map": "The update returns what it is given; it settles because it does nothing.",
     "global_attractor": "All tokens settle at nearly the same point, which says nothing of them.",
     "expanding": "Small differences of contexts grow.",
-    "multi_stable": "Where a token settles depends on where it started.",
+    "multi_stable": "Where a context settles depends on where it started.",
     "not_converged": "The contexts still move when the iteration ends.",
     "low_rank": "The contexts use few of their directions.",
     "decoupled": "The context hardly reads itself: a linear recurrence in disguise.",
     "amnesic": "The prediction uses one token only: a bigram model.",
 }
+# there are no fixed points to speak of, rather than weak ones
+_SEVERE = {
+    "non_finite",
+    "zero_collapse",
+    "identity_map",
+    "global_attractor",
+    "expanding",
+    "multi_stable",
+}
 
-
-@dataclass
-class _RunRecord:
-    """What the page shows of one run."""
-
-    name: str
-    result: dict[str, Any]
-    record: dict[str, Any]
-    phase1: dict[str, Any]
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-
-def read_history(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a history; a last line that was cut short is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+Cell = tuple[str, str]
+"""Text of a table's cell and its CSS class."""
 
 
 def write_report(
     folders: Sequence[Path], out: Path, *, result: dict[str, Any] | None = None
 ) -> None:
-    """Write one page of one or several runs.
+    """Write one page of one or several runs, side by side.
 
     Args:
         folders: of finished runs.
@@ -76,217 +56,216 @@ def write_report(
     import jinja2
 
     if not folders:
-        raise CheckpointError("at least one folder of a finished run expected, got none")
-    runs = [_read_run(folder, result) for folder in folders]
-    template = resources.files("new_llm").joinpath("report.html.jinja").read_text("utf-8")
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    text = page.from_string(template).render(
-        runs=[_describe(run) for run in runs], plots=_plots(runs)
+        raise CheckpointError("a finished run's folder expected, got none; name at least one")
+    if result is not None and len(folders) != 1:
+        raise ValueError(f"a result belongs to one folder, got {len(folders)}; leave it out")
+    names = _names(folders)
+    runs = [read_record(*pair, result) for pair in zip(folders, names, strict=True)]
+    source = resources.files("new_llm").joinpath("report.html.jinja").read_text("utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    write_text(out, text)
-
-
-def _read_run(folder: Path, result: dict[str, Any] | None) -> _RunRecord:
-    if result is None:
-        if not (folder / "result.json").is_file():
-            raise CheckpointError(
-                f"the folder of a finished run expected, {folder} has no result.json; "
-                "finish it by the command that began it"
-            )
-        result = read_json(folder / "result.json", "a run's result")
-    assert result is not None
-    return _RunRecord(
-        name=folder.name,
-        result=result,
-        record=read_json(folder / "config.json", "a run's config"),
-        phase1=read_json(folder / "stages" / "phase1.json", "the result of Phase 1"),
-        history=read_history(folder / "history.jsonl"),
+    page = environment.from_string(source).render(
+        names=names,
+        runs=[_describe(run) for run in runs],
+        numbers=_side_by_side([_key_figures(run) for run in runs]),
+        seconds=_side_by_side([_seconds(run) for run in runs]),
+        plots=plots(runs),
+        convergence=_convergence(runs),
+        measurements=list(_measurements(runs)),
+        samples=_samples(runs),
+        differences=_differences(runs),
+        origins=_side_by_side([_origin(run) for run in runs]),
+        colours=COLOURS,
     )
+    write_text(out, page)
 
 
-def _describe(run: _RunRecord) -> dict[str, Any]:
-    """Return the words, key figures and tables of one run."""
-    config, result = run.record["config"], run.result
-    verdicts = []
-    for when, key in (("final model", "verdict_final"), ("after Phase 1", "verdict_phase1")):
-        for scope, diagnosis in result[key].items():
-            if diagnosis is not None:
-                verdicts.append(
-                    {
-                        "verdict": diagnosis["verdict"],
-                        "where": f"{when}, {scope} scope",
-                        "words": _WORDS[diagnosis["verdict"]],
-                        "advice": diagnosis["advice"][0],
-                    }
-                )
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Return the last part of each path, or as many parts as tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(one[-depth:]) for one in parts]
+        if len(set(names)) == len(set(parts)):
+            return names
+    raise AssertionError("whole paths differ where paths do")
+
+
+def _describe(run: RunRecord) -> dict[str, Any]:
+    """Return what a run is and its verdicts in words, the final model's first."""
+    model = run.record["config"]["model"]
+    kind = f"{model['cell']} cell, {model['scope']} scope, {model['num_blocks']} block(s)"
+    verdicts = [
+        {
+            "where": f"{when}, {scope} scope",
+            "level": _level(diagnosis["verdicts"]),
+            "names": diagnosis["verdicts"],
+            "words": [_WORDS.get(name, "") for name in diagnosis["verdicts"]],
+            "advice": [] if diagnosis["verdict"] == "healthy" else diagnosis["advice"],
+        }
+        for when, scope, diagnosis in _diagnoses(run)
+    ]
+    final = [name for when, _, one in _diagnoses(run) if when != _FIRST for name in one["verdicts"]]
+    ailing = list(dict.fromkeys(name for name in final if name != "healthy"))
     return {
         "name": run.name,
-        "cell": config["model"]["cell"],
-        "preset": config["preset"],
-        "fingerprint": result["fingerprint"],
+        "kind": f"{run.record['config']['preset']}: {kind}",
+        "level": _level(final),
+        "headline": f"Not healthy: {', '.join(ailing)}" if ailing else "Healthy",
         "verdicts": verdicts,
-        "figures": _figures(result),
-        "tables": _tables(run),
-        "samples": result["samples"],
-        "config": json.dumps(run.record, indent=2),
+        "config": json.dumps(run.record["config"], indent=2, ensure_ascii=False),
     }
 
 
-def _figures(result: dict[str, Any]) -> list[dict[str, str]]:
-    evaluation = result["evaluation"]
-    below = result["bigram_loss"] - evaluation["loss"]
-    rows = [
-        ("validation loss, nats a token", f"{evaluation['loss']:.3f}"),
-        ("below a Kneser-Ney bigram", f"{below:+.3f}"),
-        ("perplexity", f"{evaluation['perplexity']:.1f}"),
-        ("bits per byte", f"{evaluation['bits_per_byte']:.3f}"),
-        ("accuracy", f"{evaluation['accuracy']:.1%}"),
-    ]
-    if evaluation["loss_assistant"] is not None:
-        rows.append(("loss on assistant tokens", f"{evaluation['loss_assistant']:.3f}"))
-    rows.append(("tokens seen", f"{result['tokens_seen']:,}"))
-    rows.append(("seconds in all", f"{sum(result['seconds'].values()):,.0f}"))
-    return [{"name": name, "value": value} for name, value in rows]
+_FIRST = "After Phase 1"
 
 
-def _tables(run: _RunRecord) -> list[dict[str, Any]]:
-    columns = ["", "converged", "mean iterations", "of the converged", "mean change"]
-    convergence = [_convergence_row(name, row) for name, row in run.phase1["convergence"].items()]
-    dialogues = [
-        _convergence_row(f"dialogue {number}", row)
-        for number, row in enumerate(run.phase1["dialogues"], start=1)
-    ]
-    tables = [
-        {"title": "all tokens, by metric", "columns": columns, "rows": convergence},
-        {"title": "held-out dialogues, mse < 0.01", "columns": columns, "rows": dialogues},
-    ]
-    for scope, diagnosis in run.result["verdict_final"].items():
-        if diagnosis is not None:
-            rows = [
-                [name, *map(format_cell, (row["value"], row["threshold"], row["passed"]))]
-                for name, row in diagnosis["measurements"].items()
+def _diagnoses(run: RunRecord) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield when, scope and diagnosis, where there is one."""
+    for when, key in (("Final model", "verdict_final"), (_FIRST, "verdict_phase1")):
+        for scope, diagnosis in (run.result.get(key) or {}).items():
+            if diagnosis is not None:
+                yield when, scope, diagnosis
+
+
+def _level(verdicts: Sequence[str]) -> str:
+    if _SEVERE.intersection(verdicts):
+        return "bad"
+    return "good" if set(verdicts) <= {"healthy"} else "weak"
+
+
+def _key_figures(run: RunRecord) -> dict[str, Cell]:
+    evaluation, bigram = run.result["evaluation"], run.result["bigram_loss"]
+    difference = evaluation["loss"] - bigram
+    assistant = evaluation["loss_assistant"]
+    cells = {
+        "validation loss, nats a token": (f"{evaluation['loss']:.3f}", ""),
+        "loss of a Kneser-Ney bigram": (f"{bigram:.3f}", ""),
+        "difference to the bigram": (f"{difference:+.3f}", "yes" if difference < 0 else "no"),
+        "perplexity": (f"{evaluation['perplexity']:,.1f}", ""),
+        "bits per byte": (f"{evaluation['bits_per_byte']:.3f}", ""),
+        "accuracy": (f"{evaluation['accuracy']:.1%}", ""),
+        "tokens seen": (f"{run.result['tokens_seen']:,}", ""),
+    }
+    if assistant is not None:
+        cells["loss on assistant tokens"] = (f"{assistant:.3f}", "")
+    return cells
+
+
+def _seconds(run: RunRecord) -> dict[str, Cell]:
+    seconds = run.result["seconds"]
+    rows = {**seconds, "in all": sum(seconds.values())}
+    return {name: (f"{value:,.1f}", "") for name, value in rows.items()}
+
+
+def _origin(run: RunRecord) -> dict[str, Cell]:
+    """Return fingerprints and versions: what another run must share to be the same."""
+    prepared = run.stages["prepare"]
+    prints = {
+        "config": run.result["fingerprint"],
+        "training tokens": prepared.get("train_fingerprint"),
+        "held-out tokens": prepared.get("valid_fingerprint"),
+        "tokenizer": prepared.get("tokenizer_fingerprint"),
+        "weights after Phase 1": run.stages["phase1"].get("weights"),
+        "weights, final": run.stages["phase2"].get("weights"),
+    }
+    rows = {name: (value, "code") for name, value in prints.items() if value is not None}
+    return rows | {name: (value, "") for name, value in run.record["versions"].items()}
+
+
+def _side_by_side(columns: Sequence[dict[str, Cell]]) -> list[tuple[str, list[Cell]]]:
+    """Return the rows of all runs, each with one cell a run."""
+    names = dict.fromkeys(name for column in columns for name in column)
+    return [(name, [column.get(name, (_BLANK, "")) for column in columns]) for name in names]
+
+
+def _convergence(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """Return the tables by metric and by dialogue; rows of the same thing stand together."""
+    metrics: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    dialogues: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for run in runs:
+        found = run.stages["phase1"]
+        for name, row in found.get("convergence", {}).items():
+            metrics.setdefault(name, []).append((run.name, row))
+        for number, row in enumerate(found.get("dialogues", []), start=1):
+            dialogues.setdefault(f"dialogue {number}", []).append((run.name, row))
+    tables = []
+    for title, named in (
+        ("All tokens, by metric", metrics),
+        ("Held-out dialogues, mse < 0.01", dialogues),
+    ):
+        rows = [
+            [
+                label,
+                name,
+                f"{row['convergence_rate']:.1%}",
+                *(
+                    _number(row[key])
+                    for key in ("mean_iterations", "mean_iterations_converged", "mean_change")
+                ),
             ]
-            title = f"final model, {scope} scope: {', '.join(diagnosis['verdicts'])}"
-            names = ["measurement", "value", "wanted", "passed"]
-            tables.append({"title": title, "columns": names, "rows": rows})
+            for label, found in named.items()
+            for name, row in found
+        ]
+        if rows:
+            tables.append({"title": title, "rows": rows})
     return tables
 
 
-def _convergence_row(name: str, row: dict[str, Any]) -> list[str]:
-    values = (row["mean_iterations"], row["mean_iterations_converged"], row["mean_change"])
-    return [name, f"{row['convergence_rate']:.1%}", *map(format_cell, values)]
+def _measurements(runs: Sequence[RunRecord]) -> Iterator[dict[str, Any]]:
+    """Yield a table a verdict: each measurement, what is wanted, and every run's value."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for run in runs:
+        for when, scope, diagnosis in _diagnoses(run):
+            place = found.setdefault(f"{when}, {scope} scope", {})
+            place[run.name] = diagnosis["measurements"]
+    for title, by_run in found.items():
+        rows = []
+        for name in dict.fromkeys(name for rows in by_run.values() for name in rows):
+            measured = [by_run.get(run.name, {}).get(name) for run in runs]
+            wanted = dict.fromkeys(one["threshold"] for one in measured if one is not None)
+            shown = " or ".join(text for text in wanted if text is not None)
+            rows.append((name, shown, [_judged(one) for one in measured]))
+        yield {"title": title, "rows": rows, "open": not title.startswith(_FIRST)}
 
 
-def _plots(runs: list[_RunRecord]) -> list[dict[str, str]]:
-    """Return the figures of the page; one with nothing to show is left out."""
-    drawn = [
-        ("Convergence", "Change of a token's context after each iteration: median, 10 to 90 %.",
-         "iteration", "change", _draw_curve, True),
-        ("Iterations", "Share of token ids that converged after so many iterations.",
-         "iterations", "share of ids", _draw_iterations, False),
-        ("Phase 1", "Loss of Phase 1, block after block.", "step", "loss", _draw_phase1, True),
-        ("Phase 2", "Training loss, smoothed; dots: held-out dialogues; dashes: the bigram.",
-         "tokens", "nats a token", _draw_phase2, False),
-    ]  # fmt: skip
-    plots = []
-    for title, caption, x_name, y_name, draw, log_y in drawn:
-        svg = _figure(runs, x_name, y_name, draw, log_y=log_y, prefix=title.replace(" ", ""))
-        if svg is not None:
-            plots.append({"title": title, "caption": caption, "svg": svg})
-    return plots
+def _judged(measurement: dict[str, Any] | None) -> tuple[str, str]:
+    """Return value and outcome, `yes`, `no` or nothing."""
+    if measurement is None:
+        return _BLANK, ""
+    outcome = {True: "yes", False: "no", None: ""}[measurement["passed"]]
+    return _number(measurement["value"]), outcome
 
 
-def _figure(
-    runs: list[_RunRecord],
-    x_name: str,
-    y_name: str,
-    draw: Callable[[Any, _RunRecord, str], bool],
-    *,
-    log_y: bool,
-    prefix: str,
-) -> str | None:
-    """Draw one figure as inline SVG in the page's own colours."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix, "font.size": 10}):
-        figure = Figure(figsize=_FIGURE_INCHES, layout="constrained")
-        axes = figure.add_subplot()
-        anything = [draw(axes, run, _COLOURS[i % len(_COLOURS)]) for i, run in enumerate(runs)]
-        if not any(anything):
-            return None
-        if log_y:
-            axes.set_yscale("log")
-        axes.set_xlabel(x_name)
-        axes.set_ylabel(y_name)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.2)
-        if len(runs) > 1:
-            axes.legend(frameon=False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    # ids are unique in a page; black follows the reader's light or dark scheme
-    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
-    svg = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{prefix}-", svg)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = svg.replace("#000000", "currentColor").replace("<text ", '<text fill="currentColor" ')
-    return re.sub(r'font-family:[^;"]*|font: ([\d.]+px) [^;"]*', _font, svg)
+def _number(value: float | None) -> str:
+    if value is None:
+        return _BLANK
+    if value and not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.2e}"
+    return f"{value:.4g}"
 
 
-def _font(match: re.Match[str]) -> str:
-    return f"font: {match[1]} system-ui, sans-serif" if match[1] else "font-family: inherit"
+def _samples(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """Return what users said once, with the answers of every run that heard just that."""
+    answers: dict[tuple[str, ...], list[tuple[int, list[str]]]] = {}
+    for place, run in enumerate(runs):
+        for turns in run.result.get("samples", []):
+            said = tuple(turn["user"] for turn in turns)
+            answers.setdefault(said, []).append((place, [turn["assistant"] for turn in turns]))
+    return [{"said": said, "answers": found} for said, found in answers.items()]
 
 
-def _draw_curve(axes: Any, run: _RunRecord, colour: str) -> bool:
-    curve = np.array(run.phase1["curve"])
-    if curve.size == 0:
-        return False
-    # a token that rests exactly has no place on a logarithmic axis
-    curve = np.maximum(curve, 1e-12)
-    iterations = np.arange(1, len(curve) + 1)
-    axes.fill_between(iterations, curve[:, 0], curve[:, 2], color=colour, alpha=0.2, lw=0)
-    axes.plot(iterations, curve[:, 1], color=colour, label=run.name, marker="o", ms=3)
-    return True
+def _differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[Cell]]]:
+    """Return the settings that are not the same in all runs."""
+    columns = [dict(_settings(run.record["config"])) for run in runs]
+    return [
+        (name, cells) for name, cells in _side_by_side(columns) if any(c != cells[0] for c in cells)
+    ]
 
 
-def _draw_iterations(axes: Any, run: _RunRecord, colour: str) -> bool:
-    counts = np.array(run.phase1["iterations"], dtype=float)
-    if counts.sum() == 0:
-        return False
-    axes.bar(np.arange(len(counts)), counts / counts.sum(), color=colour, alpha=0.6, label=run.name)
-    axes.set_xlim(left=max(0, int(np.flatnonzero(counts)[0]) - 1))
-    return True
-
-
-def _draw_phase1(axes: Any, run: _RunRecord, colour: str) -> bool:
-    rows = [row for row in run.history if row["stage"] == "phase1"]
-    if not rows:
-        return False
-    values = np.array([row["loss"] for row in rows])
-    axes.plot(*_thinned(np.arange(1, len(values) + 1), values), color=colour, label=run.name)
-    return True
-
-
-def _draw_phase2(axes: Any, run: _RunRecord, colour: str) -> bool:
-    rows = [row for row in run.history if row["stage"] == "phase2"]
-    if not rows:
-        return False
-    tokens = np.array([row["tokens"] for row in rows])
-    losses = np.array([row["loss"] for row in rows])
-    window = max(1, len(losses) // 50)
-    kernel = np.ones(window) / window
-    smooth = np.convolve(losses, kernel, mode="valid")
-    axes.plot(*_thinned(tokens[window - 1 :], smooth), color=colour, label=run.name)
-    checked = [row for row in run.history if row["stage"] == "validation"]
-    points = [(row["tokens"], row["loss"]) for row in checked]
-    points.append((run.result["tokens_seen"], run.result["evaluation"]["loss"]))
-    axes.plot(*zip(*points, strict=True), color=colour, ls="none", marker="o", ms=5)
-    axes.axhline(run.result["bigram_loss"], color=colour, ls="--", lw=1)
-    return True
-
-
-def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    step = max(1, len(x) // _MOST_POINTS)
-    return x[::step], y[::step]
+def _settings(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Cell]]:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _settings(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, (str(value), "")

@@ -155,6 +155,16 @@ class ChatTokenizer:
         """Return the text of ids, role tokens as they are written."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
+    def decode_dialogue(self, ids: np.ndarray) -> Messages:
+        """Return the messages of a dialogue that `encode_dialogues` made; the last may be cut."""
+        messages = []
+        for part in np.split(ids, np.flatnonzero(ids == self.im_start_id))[1:]:
+            ends = np.flatnonzero(part == self.im_end_id)
+            content = part[1 : ends[0] if len(ends) else None]
+            role, _, text = self.decode(content.tolist()).partition("\n")
+            messages.append({"role": role, "content": text})
+        return messages
+
     def encode_dialogues(self, batch: list[Messages]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return ids (int32) and assistant mask (bool) of each dialogue.
 
