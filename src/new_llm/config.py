@@ -227,9 +227,11 @@ class Phase2Config:
     """Which tokens are in the loss; both losses are always reported."""
     epochs: float = 1.0
     """Passes over the training tokens."""
+    min_steps: int = 400
+    """Fewest optimiser steps: a small corpus is read again until then."""
     max_steps: int | None = None
     """Most optimiser steps; none is as many as the epochs need."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Segments a step."""
     learning_rate: float = 3e-3
     """Peak step size of AdamW."""
@@ -247,9 +249,9 @@ class Phase2Config:
     """Precision of the large matrix products; contexts are float32 always."""
     loss_chunk: int = 1024
     """Positions projected to the vocabulary at once."""
-    evaluations: int = 10
+    evaluations: int = 5
     """Evaluations on held-out dialogues while training, evenly spaced."""
-    evaluation_tokens: int = 65536
+    evaluation_tokens: int = 32768
     """Held-out tokens of one evaluation while training; the last one takes all."""
     checkpoint_seconds: float = 120.0
     """Seconds between resumable training states."""
@@ -264,7 +266,7 @@ class Phase2Config:
         for name in ("learning_rate", "gradient_clip"):
             _require(self, name, 0.0 < getattr(self, name) <= _LARGEST, f"in (0, {_LARGEST:g}]")
         _require(self, "final_learning_rate", 0.0 <= self.final_learning_rate <= 1.0, "in [0, 1]")
-        for name in ("warmup_steps", "evaluations"):
+        for name in ("min_steps", "warmup_steps", "evaluations"):
             _require(self, name, getattr(self, name) >= 0, "at least 0")
         for name in ("weight_decay", "pair_hinge", "checkpoint_seconds"):
             _require(self, name, getattr(self, name) >= 0.0, "at least 0")
@@ -384,7 +386,7 @@ def _seed_preset(name: str, cell: CellName) -> RunConfig:
         data=DataConfig(tokenizer="gpt2"),
         solver=SolverConfig(metric="mse", tolerance=0.01, max_iterations=50),
         phase1=Phase1Config(objective="residual", literal_dialogues=10, max_steps=None),
-        phase2=Phase2Config(learning_rate=1e-3),
+        phase2=Phase2Config(learning_rate=1e-3, batch_size=4, min_steps=0, evaluations=2),
         gate="seed",
     )
 
@@ -416,7 +418,7 @@ def _demo() -> RunConfig:
         model=ModelConfig(mlp_width=0, longest_timescale=100.0),
         data=DataConfig(vocab_size=2048, sequence_length=128, max_dialogues=1700),
         phase1=Phase1Config(max_steps=100),
-        phase2=Phase2Config(learning_rate=4e-3, evaluations=5, evaluation_tokens=32768),
+        phase2=Phase2Config(learning_rate=4e-3, batch_size=16),
     )
 
 

@@ -82,17 +82,16 @@ def sample(
         logits = torch.where(seen, penalised, logits)
     if config.temperature == 0.0:
         return logits.argmax(dim=-1)
-    logits = logits / config.temperature
-    if 0 < config.top_k < logits.shape[-1]:
-        least = logits.topk(config.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    probability = logits.softmax(dim=-1)
+    # most likely first: what is left out stands at the end
+    size = logits.shape[-1]
+    likely, place = logits.topk(config.top_k if 0 < config.top_k < size else size, dim=-1)
+    probability = (likely / config.temperature).softmax(dim=-1)
     if config.top_p < 1.0:
-        ordered, place = probability.sort(dim=-1, descending=True)
         # the token that crosses the share is kept, so at least one always is
-        dropped = ordered.cumsum(dim=-1) - ordered >= config.top_p
-        probability = torch.zeros_like(ordered).scatter(1, place, ordered.masked_fill(dropped, 0.0))
-    return torch.multinomial(probability, 1, generator=generator)[:, 0]
+        dropped = probability.cumsum(dim=-1) - probability >= config.top_p
+        probability = probability.masked_fill(dropped, 0.0)
+    drawn = torch.multinomial(probability, 1, generator=generator)
+    return place.gather(1, drawn)[:, 0]
 
 
 @torch.no_grad()
@@ -113,11 +112,13 @@ def stream(
     seen = None
     if config.repetition_penalty != 1.0:
         seen = torch.zeros_like(reading.logits, dtype=torch.bool)
+    weights = model.weights()
     for _ in range(config.max_new_tokens):
         token = sample(reading.logits.cpu(), config, generator, seen)
         if seen is not None:
             seen[0, token] = True
-        output = model(token[:, None].to(reading.context.device), reading.context)
+        ids = token[:, None].to(reading.context.device)
+        output = model(ids, reading.context, weights=weights)
         reading = Reading(context=output.context, logits=model.logits(output.features[:, -1]))
         if on_reading is not None:
             on_reading(reading)

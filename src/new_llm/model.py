@@ -4,13 +4,14 @@ Axes: `B` sequences, `T` positions, `K` blocks, `C` context width, `E` embedding
 `V` vocabulary. A context of the model is `[B, K, C]` and is copied and forked as a whole.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .cell import ContextCell, ConvexCell, LayerwiseCell, SequentialCell
+from .cell import ContextCell, ConvexCell, LayerwiseCell, SequentialCell, Weights
 from .config import ModelConfig, SolverConfig
 from .fixed_point import FixedPoint, solve
 from .recurrence import scan
@@ -134,6 +135,10 @@ class NewLLM(nn.Module):
         """Return the cell of each block."""
         return [block.cell for block in self._blocks()]
 
+    def weights(self) -> list[Weights]:
+        """Return the weights of each block's cell, limits applied: once for a loop of calls."""
+        return [cell.weights() for cell in self.cells()]
+
     def read_outs(self) -> list[list[nn.Module]]:
         """Return the read-out modules of each block."""
         return [block.read_out() for block in self._blocks()]
@@ -162,6 +167,7 @@ class NewLLM(nn.Module):
         starts: Tensor | None = None,
         real: Tensor | None = None,
         contexts: Tensor | None = None,
+        weights: Sequence[Weights] | None = None,
     ) -> ModelOutput:
         """Read token ids and return features and the context that follows.
 
@@ -171,6 +177,7 @@ class NewLLM(nn.Module):
             starts: where a dialogue begins, `[B, T]` bool; the context before it counts as zero.
             real: False at padding, on either side, `[B, T]` bool; padding holds the context.
             contexts: contexts after each position, already known, `[B, T, K, C]`.
+            weights: `weights()`, where a loop of calls took them once.
         """
         if context is None:
             context = self.initial_context(len(ids))
@@ -180,7 +187,15 @@ class NewLLM(nn.Module):
         last = []
         for k, block in enumerate(self._blocks()):
             if contexts is None:
-                after = scan(block.cell, block.norm(h), context[:, k], starts=starts, real=real)
+                taken = None if weights is None else weights[k]
+                after = scan(
+                    block.cell,
+                    block.norm(h),
+                    context[:, k],
+                    starts=starts,
+                    real=real,
+                    weights=taken,
+                )
             else:
                 after = contexts[:, :, k]
                 if real is not None:

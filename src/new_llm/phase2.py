@@ -113,8 +113,8 @@ class _Segments:
             segment_length=data.segment_length,
             seed=seed,
         )
-        by_epochs = math.ceil(config.epochs * self.stream.num_segments)
-        self.num_steps = by_epochs if config.max_steps is None else min(by_epochs, config.max_steps)
+        steps = max(math.ceil(config.epochs * self.stream.num_segments), config.min_steps)
+        self.num_steps = steps if config.max_steps is None else min(steps, config.max_steps)
 
     def at(self, step: int) -> Segment:
         return self.stream.segment(*self.stream.locate(step))

@@ -44,6 +44,7 @@ def scan(
     *,
     starts: Tensor | None = None,
     real: Tensor | None = None,
+    weights: Weights | None = None,
 ) -> Tensor:
     """Carry the context through a text, one position after another.
 
@@ -53,6 +54,7 @@ def scan(
         initial: context before the first position, `[B, C]`.
         starts: where a dialogue begins, `[B, T]` bool; the context before it counts as zero.
         real: False at padding, `[B, T]` bool; padding holds the context.
+        weights: `cell.weights()`, where they were taken already.
 
     Returns:
         The context after each position, `[B, T, C]`. The last one is the carry of the next segment;
@@ -65,8 +67,9 @@ def scan(
     >>> scan(cell, torch.ones(2, 7, 3), torch.zeros(2, 4)).shape
     torch.Size([2, 7, 4])
     """
-    projected, weights = cell.project(x), cell.weights()
-    if isinstance(cell, ConvexCell):
+    projected, weights = cell.project(x), cell.weights() if weights is None else weights
+    # one position of generation is not worth what the hand-written scan prepares
+    if isinstance(cell, ConvexCell) and (x.shape[1] > 1 or torch.is_grad_enabled()):
         return _convex_scan(cell, projected, weights, initial, starts, real)
     return scan_by_steps(cell, projected, weights, initial, starts=starts, real=real)
 
