@@ -149,10 +149,19 @@ def test_conversation_is_one_text() -> None:
     assert first.context.shape == before.shape
 
 
-def test_stages_one_by_one_are_the_run(chats: Path, tmp_path: Path, finished: Path) -> None:
+def test_stages_one_by_one_are_the_run(
+    chats: Path, tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "b"
     for command in ("phase1", "cache", "phase2", "run"):
         assert cli.main([command, "--data", str(chats), "--out", str(out), *QUICK]) == 0
+        if command == "cache":
+            contexts = out / "cache" / "contexts.f32"
+            contexts.write_bytes(contexts.read_bytes()[:100])
+            assert cli.main(["phase2", "--data", str(chats), "--out", str(out), *QUICK]) == 2
+            assert "new-llm cache again" in capsys.readouterr().err
+            # what the error says to do works
+            shutil.rmtree(out / "cache")
     first, second = (json.loads((f / "result.json").read_text()) for f in (finished, out))
     assert first["evaluation"] == second["evaluation"]
     assert first["verdict_final"] == second["verdict_final"]

@@ -13,11 +13,13 @@ _HOME = {
     "LayerwiseCell": "cell",
     "SequentialCell": "cell",
     "RunConfig": "config",
+    "SampleConfig": "config",
     "preset": "config",
     "FixedPoint": "fixed_point",
     "solve": "fixed_point",
     "NewLLM": "model",
     "load_checkpoint": "checkpoint",
+    "Conversation": "generate",
     "run": "pipeline",
 }
 

@@ -87,15 +87,15 @@ ADVICE = {
     "train with --phase1.objective contractive, whose variance terms forbid it",
     "identity_map": "the cell returns what it is given: train with "
     "--phase1.objective contractive, whose hinge forbids it",
-    "global_attractor": "all tokens settle at one point: raise --phase1.variance-weight, "
-    "or train with --phase1.objective contractive",
+    "global_attractor": "all tokens settle near one point: train with --phase1.objective "
+    "contractive; where Phase 2 drew them together, raise --phase2.min-steps",
     "expanding": "differences grow: lower --phase1.contraction-target, or use the convex cell",
     "multi_stable": "the end depends on the start: lower --phase1.contraction-target "
     "or raise --phase1.max-steps",
     "not_converged": "contexts still move: raise --phase1.max-steps "
     "or lower --phase1.contraction-target",
     "low_rank": "contexts share few directions: raise --phase1.covariance-weight "
-    "or --phase1.spread-steps",
+    "or --phase1.spread-steps; where Phase 2 drew them together, raise --phase2.min-steps",
     "decoupled": "the context hardly reads itself, so this is a linear recurrence: "
     "raise --model.coupling-limit",
     "amnesic": "the prediction uses one token only, so this is a bigram model: "

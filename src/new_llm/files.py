@@ -112,8 +112,8 @@ def require_space(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < num_bytes + _MARGIN_BYTES:
         raise DiskFullError(
-            f"{num_bytes / 1e6:.0f} MB must be written to {folder}, which has "
-            f"{free / 1e6:.0f} MB left; free some space and run the same command again"
+            f"{(num_bytes + _MARGIN_BYTES) / 1e6:.0f} MB of free disk expected for {folder}, "
+            f"{free / 1e6:.0f} MB are left; free some space and run the same command again"
         )
 
 

@@ -374,7 +374,8 @@ class Run:
         per_position = self.config.phase2.freeze_context and self.config.model.scope == "sequence"
         train = self.prepare().train
         key = cache.sequence_key(model, train) if per_position else cache.token_key(model)
-        if self._stage("cache") is not None:
+        # a cache that was deleted is written again; a damaged or stale one is refused
+        if self._stage("cache") is not None and self.folder.cache.exists():
             return cache.open_cache(self.folder.cache, key)
         num_rows = train.num_tokens if per_position else model.vocab_size
         size = cache.cache_bytes(model, num_rows)
