@@ -230,6 +230,29 @@ def test_assistant_loss_trains_on_assistant_tokens_only(tmp_path: Path) -> None:
     assert "loss_assistant" in last and last["loss"] != last["loss_assistant"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"min_steps": 40, "max_steps": None}, 40),
+        ({"min_steps": 40, "max_steps": 3}, 3),
+        ({"min_steps": 0, "max_steps": None}, None),
+    ],
+)
+def test_a_small_corpus_is_read_again(
+    settings: dict[str, Any], steps: int | None, tmp_path: Path
+) -> None:
+    config = replace(SMALL, epochs=1, evaluations=0, **settings)
+    store = store_of(text())
+    _, result = train(make(), tmp_path / "t", config, train=store)
+    assert result is not None
+    if steps is None:
+        assert result.num_steps < 40
+        # one pass predicts every token but the first of each dialogue
+        assert result.tokens_seen == store.num_tokens - store.num_dialogues
+    else:
+        assert result.num_steps == steps
+
+
 def test_a_diverging_training_stops_and_names_the_step(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match="step"):
         train(make(), tmp_path / "t", replace(SMALL, learning_rate=1e30, gradient_clip=1e30))
