@@ -7,32 +7,30 @@ Every stage leaves its result in the run's folder before the next one begins, so
 command goes on where the last one stopped.
 """
 
-import importlib.metadata
 import json
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from . import __version__, cache, phase1, phase2
+from . import cache, phase1, phase2
 from .checkpoint import (
     Checkpoint,
     load_checkpoint,
     save_checkpoint,
     weights_fingerprint,
 )
-from .config import ModelConfig, RunConfig, to_dict
+from .config import ModelConfig, RunConfig
 from .console import Console
 from .data import Prepared, held_out_ids, prepare
 from .doctor import THRESHOLDS
-from .errors import CheckpointError, ConfigError, DataError, GateError
+from .errors import ConfigError, DataError, GateError
 from .evaluate import (
     evaluate,
     kneser_ney_bigram,
@@ -43,7 +41,7 @@ from .evaluate import (
 from .files import disk_error, read_json, write_json
 from .generate import Conversation
 from .model import NewLLM, num_parameters
-from .records import read_history
+from .records import open_folder, read_history
 from .report import write_report
 
 # dialogues whose convergence is shown one by one
@@ -52,104 +50,6 @@ _SHOWN_DIALOGUES = 10
 _NUM_SAMPLES, _NUM_TURNS, _LOOKED_AT = 3, 3, 50
 _SEEDS_METRIC = "mse < 0.01"
 _STAGES = ("prepare", "phase1", "cache", "phase2", "evaluate")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunFolder:
-    """The files of a run's folder."""
-
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """The resolved config, versions and data fingerprint."""
-        return self.path / "config.json"
-
-    @property
-    def data(self) -> Path:
-        """Tokenised dialogues and tokenizer."""
-        return self.path / "data"
-
-    @property
-    def stages(self) -> Path:
-        """What each finished stage found, `STAGE.json`."""
-        return self.path / "stages"
-
-    @property
-    def phase1_checkpoint(self) -> Path:
-        """The model after Phase 1."""
-        return self.path / "phase1"
-
-    @property
-    def cache(self) -> Path:
-        """Cached contexts."""
-        return self.path / "cache"
-
-    @property
-    def training(self) -> Path:
-        """State of an unfinished Phase 2."""
-        return self.path / "training"
-
-    @property
-    def checkpoint(self) -> Path:
-        """The final model."""
-        return self.path / "checkpoint"
-
-    @property
-    def history(self) -> Path:
-        """A JSON row for each logged step."""
-        return self.path / "history.jsonl"
-
-    @property
-    def result(self) -> Path:
-        """The result; its presence means that the run is finished."""
-        return self.path / "result.json"
-
-    @property
-    def report(self) -> Path:
-        """The page to look at."""
-        return self.path / "report.html"
-
-
-def open_folder(path: Path, config: RunConfig) -> RunFolder:
-    """Make a run's folder, or open the one that belongs to this very config.
-
-    Raises:
-        CheckpointError: the folder belongs to another config, or holds other files.
-    """
-    folder = RunFolder(path=path)
-    wanted = json.loads(json.dumps(to_dict(config)))
-    if folder.config.exists():
-        found = read_json(folder.config, "a run's config")
-        theirs = found.get("config", {}) if isinstance(found, dict) else {}
-        if theirs != wanted:
-            changed = "; ".join(_differences(theirs, wanted)[:4])
-            raise CheckpointError(
-                f"{path} belongs to another config ({changed}); "
-                "choose a new --out, or repeat the command that made it"
-            )
-        return folder
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise CheckpointError(
-            f"an empty or new folder expected for --out, {path} holds other files; "
-            "choose a new --out"
-        )
-    versions = {
-        name: importlib.metadata.version(name)
-        for name in ("torch", "tokenizers", "datasets", "safetensors", "numpy")
-    }
-    record = {
-        "config": wanted,
-        "fingerprint": config.fingerprint(),
-        "versions": {"new-llm": __version__, "python": platform.python_version(), **versions},
-    }
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        folder.stages.mkdir()
-    except OSError as error:
-        raise disk_error(error, path) from error
-    write_json(folder.config, record)
-    return folder
 
 
 def choose_device(name: str) -> torch.device:
@@ -169,17 +69,6 @@ def choose_device(name: str) -> torch.device:
             f"device must be auto, cpu or one here, got {name!r} ({reason})"
         ) from None
     return device
-
-
-def _differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        keys = sorted(theirs.keys() | ours.keys())
-        return [
-            row
-            for key in keys
-            for row in _differences(theirs.get(key), ours.get(key), f"{name}.{key}".lstrip("."))
-        ]
-    return [] if theirs == ours else [f"{name} {theirs!r}, asked for {ours!r}"]
 
 
 class Run:

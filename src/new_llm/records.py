@@ -1,14 +1,127 @@
-"""What the folder of a finished run holds, read back for tables and figures."""
+"""The folder of a run: its files, to which config it belongs, and what it holds when it is done."""
 
+import importlib.metadata
 import json
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import __version__
+from .config import RunConfig, to_dict
 from .errors import CheckpointError
-from .files import read_json
+from .files import disk_error, read_json, write_json
 
 _STAGES = ("prepare", "phase1", "phase2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """The files of a run's folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config, versions and data fingerprint."""
+        return self.path / "config.json"
+
+    @property
+    def data(self) -> Path:
+        """Tokenised dialogues and tokenizer."""
+        return self.path / "data"
+
+    @property
+    def stages(self) -> Path:
+        """What each finished stage found, `STAGE.json`."""
+        return self.path / "stages"
+
+    @property
+    def phase1_checkpoint(self) -> Path:
+        """The model after Phase 1."""
+        return self.path / "phase1"
+
+    @property
+    def cache(self) -> Path:
+        """Cached contexts."""
+        return self.path / "cache"
+
+    @property
+    def training(self) -> Path:
+        """State of an unfinished Phase 2."""
+        return self.path / "training"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The final model."""
+        return self.path / "checkpoint"
+
+    @property
+    def history(self) -> Path:
+        """A JSON row for each logged step."""
+        return self.path / "history.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """The result; its presence means that the run is finished."""
+        return self.path / "result.json"
+
+    @property
+    def report(self) -> Path:
+        """The page to look at."""
+        return self.path / "report.html"
+
+
+def open_folder(path: Path, config: RunConfig) -> RunFolder:
+    """Make a run's folder, or open the one that belongs to this very config.
+
+    Raises:
+        CheckpointError: the folder belongs to another config, or holds other files.
+    """
+    folder = RunFolder(path=path)
+    wanted = json.loads(json.dumps(to_dict(config)))
+    if folder.config.exists():
+        found = read_json(folder.config, "a run's config")
+        theirs = found.get("config", {}) if isinstance(found, dict) else {}
+        if theirs != wanted:
+            changed = "; ".join(_differences(theirs, wanted)[:4])
+            raise CheckpointError(
+                f"{path} belongs to another config ({changed}); "
+                "choose a new --out, or repeat the command that made it"
+            )
+        return folder
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise CheckpointError(
+            f"an empty or new folder expected for --out, {path} holds other files; "
+            "choose a new --out"
+        )
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("torch", "tokenizers", "datasets", "safetensors", "numpy")
+    }
+    record = {
+        "config": wanted,
+        "fingerprint": config.fingerprint(),
+        "versions": {"new-llm": __version__, "python": platform.python_version(), **versions},
+    }
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        folder.stages.mkdir()
+    except OSError as error:
+        raise disk_error(error, path) from error
+    write_json(folder.config, record)
+    return folder
+
+
+def _differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        keys = sorted(theirs.keys() | ours.keys())
+        return [
+            row
+            for key in keys
+            for row in _differences(theirs.get(key), ours.get(key), f"{name}.{key}".lstrip("."))
+        ]
+    return [] if theirs == ours else [f"{name} {theirs!r}, asked for {ours!r}"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,21 +175,22 @@ def read_record(folder: Path, name: str, result: dict[str, Any] | None = None) -
     Raises:
         CheckpointError: the run is not finished, or a file is damaged.
     """
+    files = RunFolder(path=folder)
     if result is None:
-        if not (folder / "result.json").is_file():
+        if not files.result.is_file():
             raise CheckpointError(
                 f"a finished run's folder expected, {folder} has no result.json; "
                 "finish it by the command that began it"
             )
-        result = dict(read_json(folder / "result.json", "a run's result"))
+        result = dict(read_json(files.result, "a run's result"))
     stages = {}
     for stage in _STAGES:
-        path = folder / "stages" / f"{stage}.json"
+        path = files.stages / f"{stage}.json"
         stages[stage] = read_json(path, f"the result of stage {stage}") if path.exists() else {}
     return RunRecord(
         name=name,
         result=result,
-        record=read_json(folder / "config.json", "a run's config"),
+        record=read_json(files.config, "a run's config"),
         stages=stages,
-        history=read_history(folder / "history.jsonl"),
+        history=read_history(files.history),
     )
