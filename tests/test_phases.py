@@ -147,6 +147,19 @@ def test_convergence_is_weighted_by_positions() -> None:
     assert found.of_dialogue(np.array([2, 2, 2, 5]))["mean_iterations_converged"] == 3.0
 
 
+@pytest.mark.parametrize("count", range(1, 60))
+def test_all_converged_is_a_rate_of_exactly_one(count: int) -> None:
+    found = phase1.Convergence(
+        ids=torch.arange(count),
+        converged=torch.ones(count, dtype=torch.bool),
+        num_iterations=torch.full((count,), 2),
+        change=torch.zeros(count),
+        curve=torch.zeros(1, 3),
+    )
+    assert found.summary()["convergence_rate"] == 1.0
+    assert found.summary()["mean_iterations"] == 2.0
+
+
 def test_variance_terms_forbid_a_constant() -> None:
     constant = torch.full((64, 8), 0.7)
     spread = torch.randn(4096, 8)

@@ -389,18 +389,18 @@ class Convergence:
 
     def summary(self, counts: Tensor | None = None) -> dict[str, float | None]:
         """Return rate, mean iterations and mean last change, tokens weighted by `counts` `[N]`."""
-        weight = torch.ones(len(self.ids)) if counts is None else counts
-        # double: a rate of all tokens must be 1 exactly
-        weight = weight.double() / weight.double().sum().clamp(min=1.0)
+        # whole numbers in double, divided last: a rate of all tokens is 1 exactly
+        weight = torch.ones(len(self.ids)).double() if counts is None else counts.double()
+        total = weight.sum().clamp(min=1.0).item()
         done = weight * self.converged
         mean_converged = None
         if done.sum() > 0:
             mean_converged = ((done * self.num_iterations).sum() / done.sum()).item()
         return {
-            "convergence_rate": done.sum().item(),
-            "mean_iterations": (weight * self.num_iterations).sum().item(),
+            "convergence_rate": done.sum().item() / total,
+            "mean_iterations": (weight * self.num_iterations).sum().item() / total,
             "mean_iterations_converged": mean_converged,
-            "mean_change": (weight * self.change).sum().item(),
+            "mean_change": (weight * self.change).sum().item() / total,
         }
 
     def of_dialogue(self, ids: np.ndarray) -> dict[str, float | None]:
