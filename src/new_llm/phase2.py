@@ -55,7 +55,7 @@ class Phase2Result:
     num_steps: int
     tokens_seen: int
     drift: float | None
-    """Relative change of the cached fixed points when they were last rebuilt, token scope."""
+    """Relative change of the fixed points since they were last rebuilt, token scope."""
 
 
 def trainable(model: NewLLM, *, freeze_context: bool) -> list[nn.Parameter]:
@@ -189,7 +189,10 @@ def train(
             if time.monotonic() - saved > config.checkpoint_seconds:
                 save()
                 saved = time.monotonic()
-    return Phase2Result(num_steps=step, tokens_seen=tokens_seen, drift=drift)
+    fresh = trainer.rebuild_rows()
+    return Phase2Result(
+        num_steps=step, tokens_seen=tokens_seen, drift=drift if fresh is None else fresh
+    )
 
 
 @contextmanager
