@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import DataConfig, fingerprint, to_dict
+from .config import DataConfig, fingerprint
 from .dialogues import Messages, ReadReport, read_dialogues, source_files
 from .errors import CheckpointError, DataError
 from .files import atomic_folder, read_json, sha256, write_json
@@ -158,12 +158,10 @@ def prepare(
         DataError: dialogues cannot be read, none is left, or fewer tokens than one sequence.
     """
     files = source_files(config.source) + (source_files(config.valid) if config.valid else [])
-    states = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    key = fingerprint([to_dict(config), states])
     done = folder / "prepared.json"
     if done.exists():
         record = read_json(done, "tokenised data")
-        if record["key"] != key:
+        if not _unchanged(files, record["files"]):
             raise CheckpointError(
                 f"the dialogues that {folder} was made from have changed since; choose a new --out"
             )
@@ -218,8 +216,25 @@ def prepare(
         "num_train_dialogues": train.num_dialogues,
         "num_valid_dialogues": valid.num_dialogues,
     }
-    write_json(done, {"key": key, "report": counts})
+    states = [{**_stat(path), "sha256": sha256(path)} for path in files]
+    write_json(done, {"files": states, "report": counts})
     return Prepared(train=train, valid=valid, tokenizer=tokenizer, report=counts)
+
+
+def _stat(path: Path) -> dict[str, int]:
+    stat = path.stat()
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def _unchanged(files: list[Path], states: list[dict[str, Any]]) -> bool:
+    """Return whether files hold what they held; those only copied or touched are read to see."""
+    if len(files) != len(states):
+        return False
+    return all(
+        (stat := _stat(path)) == {key: state[key] for key in stat}
+        or (stat["size"] == state["size"] and sha256(path) == state["sha256"])
+        for path, state in zip(files, states, strict=True)
+    )
 
 
 class _Source:
