@@ -356,7 +356,10 @@ class Run:
         said.sort(key=lambda turns: -min(len(turns), _NUM_TURNS))
         samples = []
         for number, turns in enumerate(said[:_NUM_SAMPLES]):
-            drawn = replace(self.config.sample, seed=self.config.sample.seed + number)
+            # each turn of a conversation adds one
+            drawn = replace(
+                self.config.sample, seed=self.config.sample.seed + number * (_NUM_TURNS + 1)
+            )
             conversation = Conversation(loaded, drawn)
             samples.append(
                 [
