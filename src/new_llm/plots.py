@@ -116,6 +116,7 @@ def _draw_iterations(axes: Any, run: RunRecord, place: tuple[int, int], colour: 
     shift = (index - (number - 1) / 2) * width
     found = np.flatnonzero(counts)
     axes.bar(found + shift, counts[found] / counts.sum(), width=width, color=colour)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     return True
 
 
@@ -133,8 +134,11 @@ def _draw_phase2(axes: Any, run: RunRecord, place: tuple[int, int], colour: str)
         return False
     tokens = np.array([row["tokens"] for row in rows])
     losses = np.array([row["loss"] for row in rows])
-    window = max(1, len(losses) // 50)
-    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+    window = min(len(losses), max(5, len(losses) // 50))
+    # the last steps of a pass hold few tokens, and weigh as much
+    weights = np.diff(tokens, prepend=0)
+    sums = [np.convolve(v, np.ones(window), mode="valid") for v in (losses * weights, weights)]
+    smooth = sums[0] / sums[1]
     axes.plot(*_thinned(tokens[window - 1 :], smooth), color=colour)
     points = [(row["tokens"], row["loss"]) for row in run.rows("validation")]
     points.append((run.result["tokens_seen"], run.result["evaluation"]["loss"]))
@@ -159,7 +163,7 @@ _DRAWINGS = (
     ),
     _Drawing(
         title="Iterations",
-        caption="Share of token ids that took so many iterations; the last are at the cap.",
+        caption="Share of token ids that took so many iterations.",
         x_name="iterations",
         y_name="share of ids",
         draw=_draw_iterations,
@@ -174,7 +178,8 @@ _DRAWINGS = (
     ),
     _Drawing(
         title="Phase 2",
-        caption="Training loss, smoothed; dots: held-out dialogues; dashes: Kneser-Ney bigram.",
+        caption="Training loss, smoothed; dots: a part of the held-out dialogues, the last all "
+        "of them; dashes: Kneser-Ney bigram.",
         x_name="tokens",
         y_name="nats a token",
         draw=_draw_phase2,
