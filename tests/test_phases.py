@@ -217,6 +217,21 @@ def test_training_lowers_the_held_out_loss(cell: str, tmp_path: Path) -> None:
     assert result is not None and result.num_steps == 60
 
 
+@pytest.mark.parametrize("cell", ["convex", "layerwise"])
+def test_bfloat16_is_for_large_products_only(cell: str, tmp_path: Path) -> None:
+    """Contexts stay float32, and the loss stays near that of float32."""
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        model = make(cell)
+        rows, _ = train(model, tmp_path / precision, replace(SMALL, precision=precision))
+        losses[precision] = [row["loss"] for row in rows if row["stage"] == "validation"][-1]
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            context = model(torch.zeros(2, 5, dtype=torch.long)).context
+        assert context.dtype == torch.float32
+    assert losses["float32"] != losses["bfloat16"]
+    assert abs(losses["float32"] - losses["bfloat16"]) < 0.1
+
+
 def test_an_interrupted_training_ends_with_the_same_bits(tmp_path: Path) -> None:
     config = replace(SMALL, pair_hinge=0.5)
     torch.manual_seed(3)

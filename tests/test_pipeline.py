@@ -400,3 +400,164 @@ def test_real_ultrachat_goes_through(name: str, ultrachat: Path, tmp_path: Path)
     assert cli.main(arguments) == 0
     result = json.loads((tmp_path / "x" / "result.json").read_text())
     assert result["evaluation"]["num_bytes"] > 100_000
+
+
+def _run_shell(
+    arguments: list[str], *, shell: str = '"$@"', **changes: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user's shell does; `shell` holds the redirections."""
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {shell}", "bash", sys.executable, "-m", "new_llm",
+         *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **changes},
+        check=False,
+    )  # fmt: skip
+
+
+def test_output_that_nobody_reads_is_no_failure(finished: Path) -> None:
+    """`head` leaves after a line; what was asked for was done."""
+    printed = _run_shell(["generate", str(finished), "--prompt", "hi"], shell='"$@" | true')
+    assert (printed.returncode, printed.stderr) == (0, "")
+    shown = _run_shell(["run", "--help"], shell='"$@" | head -1')
+    assert (shown.returncode, shown.stderr) == (0, "")
+
+
+def test_a_closed_standard_input_is_said_in_one_line(finished: Path) -> None:
+    closed = _run_shell(["chat", str(finished)], shell='"$@" <&-')
+    assert closed.returncode == 2
+    assert "standard input" in closed.stderr and "Traceback" not in closed.stderr
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_text_that_is_no_utf8_is_said_in_one_line(
+    command: str, finished: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    broken = b"bad \xff bytes".decode("utf-8", "surrogateescape")
+    said = iter([broken, "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(said))
+    arguments = [command, str(finished), *(["--prompt", broken] if command == "generate" else [])]
+    code = cli.main(arguments)
+    shown = capsys.readouterr()
+    # a conversation goes on after it
+    assert code == (2 if command == "generate" else 0)
+    assert "UTF-8 text expected" in (shown.err if command == "generate" else shown.out)
+
+
+def test_a_prompt_may_look_like_an_option(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", str(finished), "--prompt", "--seed", "--max-new-tokens", "2"]
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out.startswith("--seed")
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**31), "9" * 23])
+@pytest.mark.parametrize("command", ["run", "generate"])
+def test_a_seed_out_of_range_is_refused_before_any_work(
+    command: str, seed: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = {
+        "run": ["--out", str(tmp_path / "x"), "--sample.seed", seed],
+        "generate": [str(finished), "--prompt", "x", "--seed", seed],
+    }
+    assert cli.main([command, *where[command]]) == 2
+    assert "seed must be in [0, 2147483648)" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "doctor", "report"])
+def test_a_place_that_cannot_be_written_is_known_before_the_work(
+    command: str, finished: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("the place is looked at first")
+
+    monkeypatch.setattr("new_llm.checkpoint.load_checkpoint", work)
+    monkeypatch.setattr("new_llm.report.read_record", work)
+    option = "--out" if command == "report" else "--json"
+    data = [] if command == "report" else ["--data", str(chats)]
+    for place in (tmp_path, Path("/proc/x.json")):
+        assert cli.main([command, str(finished), *data, option, str(place)]) == 2
+        error = capsys.readouterr().err
+        assert str(place) in error and "choose another place" in error
+
+
+def test_a_context_that_cannot_be_saved_does_not_end_the_talk(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = iter(["/save /proc/x/y", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(said))
+    assert cli.main(["chat", str(finished)]) == 0
+    assert "/proc/x/y must be written" in capsys.readouterr().out
+
+
+def test_safetensors_on_a_full_disk_stop_with_3(tmp_path: Path) -> None:
+    """The library has an error of its own for what the system says."""
+    code = (
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from new_llm.checkpoint import save_tensors\n"
+        "from new_llm.errors import DiskFullError\n"
+        "try:\n"
+        "    save_tensors(Path(sys.argv[1]), {'a': torch.zeros(100_000)})\n"
+        "except DiskFullError as error:\n"
+        "    sys.exit(error.exit_code)\n"
+    )
+    shell = 'ulimit -f 10; trap "" XFSZ; "$1" -c "$CODE" "$PLACE"'
+    stopped = _run_shell([], shell=shell, CODE=code, PLACE=str(tmp_path / "x"))
+    assert stopped.returncode == 3, stopped.stderr
+
+
+def test_a_run_whose_parts_are_gone_says_what_to_delete(
+    chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "x"
+    arguments = ["--data", str(chats), "--out", str(out), *QUICK]
+    assert cli.main(["phase1", *arguments]) == 0
+    shutil.rmtree(out / "phase1")
+    assert cli.main(["run", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert f"delete {out / 'stages' / 'phase1.json'}" in error
+    (out / "stages" / "phase1.json").unlink()
+    (out / "training").mkdir()
+    assert cli.main(["run", *arguments]) == 2
+    assert f"delete {out / 'training'} to begin Phase 2 again" in capsys.readouterr().err
+    (out / "training").rmdir()
+    assert cli.main(["run", *arguments]) == 0
+    # a page that was deleted is written again
+    (out / "report.html").unlink()
+    assert cli.main(["run", *arguments]) == 0
+    assert (out / "report.html").is_file()
+
+
+def test_bad_rows_may_be_skipped_wherever_data_is_read(
+    finished: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(chats.read_text() + '{"messages": [{"role": "bot", "content": "x"}]}\n')
+    assert cli.main(["evaluate", str(finished), "--data", str(bad)]) == 2
+    advice = "--data.on-bad-row skip"
+    assert advice in capsys.readouterr().err
+    assert cli.main(["evaluate", str(finished), "--data", str(bad), *advice.split()]) == 0
+
+
+def test_a_config_of_wrong_types_is_a_damaged_checkpoint(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(finished / "checkpoint", tmp_path / "c")
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["hidden_width"] = "x"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert cli.main(["generate", str(folder), "--prompt", "x"]) == 2
+    assert "hidden_width must be a whole number, got 'x'" in capsys.readouterr().err
+
+
+def test_lab_refuses_dialogues_that_are_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["lab", "scaling", "--data", str(tmp_path / "no.jsonl")]) == 2
+    assert "no.jsonl" in capsys.readouterr().err

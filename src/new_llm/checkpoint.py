@@ -5,6 +5,8 @@ the vocabulary. Nothing is loaded that can run code.
 """
 
 import hashlib
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from .cell import ConvexCell
 from .config import ModelConfig, SolverConfig, fingerprint, from_dict, to_dict
 from .data import ChatTokenizer
 from .errors import CheckpointError, ConfigError
-from .files import atomic_folder, read_json, recover_folder, sha256, write_json
+from .files import atomic_folder, disk_error, read_json, recover_folder, sha256, write_json
 from .model import NewLLM
 
 FORMAT_VERSION = 1
@@ -84,7 +86,25 @@ def save_weights(path: Path, model: nn.Module) -> None:
     tensors = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     if isinstance(model, NewLLM) and model.config.tied_readout:
         del tensors["readout.weight"]
-    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    save_tensors(path, tensors)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        DiskFullError: there was no room.
+        CheckpointError: `path` cannot be written.
+    """
+    try:
+        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path)
+    except SafetensorError as error:
+        # the Rust library has no other place for the system's error number
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise disk_error(OSError(code, os.strerror(code)), path) from error
 
 
 def load_tensors(path: Path, kind: str) -> dict[str, Tensor]:
@@ -203,10 +223,27 @@ def save_training_state(
     }
     with atomic_folder(folder) as part:
         save_weights(part / WEIGHTS, model)
-        save_file(optimiser_tensors, part / "optimiser.safetensors")
-        others = {f"extra.{name}": value.cpu() for name, value in state.tensors.items()}
-        save_file(others | {"random": torch.get_rng_state()}, part / "extra.safetensors")
+        save_tensors(part / "optimiser.safetensors", optimiser_tensors)
+        others = {f"extra.{name}": value for name, value in state.tensors.items()}
+        save_tensors(part / "extra.safetensors", others | {"random": torch.get_rng_state()})
         write_json(part / "state.json", state.values)
+
+
+def read_training_values(folder: Path) -> dict[str, Any]:
+    """Return the plain values of an unfinished training.
+
+    Raises:
+        CheckpointError: they are missing or damaged.
+    """
+    try:
+        return dict(read_json(folder / "state.json", "a training state"))
+    except CheckpointError as error:
+        raise _without_state(folder, error) from None
+
+
+def _without_state(folder: Path, error: CheckpointError) -> CheckpointError:
+    first = str(error).rpartition(";")[0]
+    return CheckpointError(f"{first}; delete {folder} to begin Phase 2 again")
 
 
 def load_training_state(
@@ -220,9 +257,13 @@ def load_training_state(
     recover_folder(folder)
     if not folder.is_dir():
         return None
-    values = read_json(folder / "state.json", "a training state")
-    load_weights(folder / WEIGHTS, model)
-    saved = load_tensors(folder / "optimiser.safetensors", "an optimiser state")
+    values = read_training_values(folder)
+    try:
+        load_weights(folder / WEIGHTS, model)
+        saved = load_tensors(folder / "optimiser.safetensors", "an optimiser state")
+        extra = load_tensors(folder / "extra.safetensors", "a training state")
+    except CheckpointError as error:
+        raise _without_state(folder, error) from None
     full = optimiser.state_dict()
     slots: dict[int, dict[str, Tensor]] = {}
     for name, value in saved.items():
@@ -230,7 +271,6 @@ def load_training_state(
         slots.setdefault(int(index), {})[slot] = value
     full["state"] = slots
     optimiser.load_state_dict(full)
-    extra = load_tensors(folder / "extra.safetensors", "a training state")
     torch.set_rng_state(extra.pop("random"))
     tensors = {name.removeprefix("extra."): value for name, value in extra.items()}
     return TrainingState(tensors=tensors, values=values)

@@ -9,23 +9,28 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
 
 from .config import PRESETS, RunConfig, SampleConfig, preset
-from .console import Console
-from .errors import CheckpointError, ConfigError, DiskFullError, NewLLMError
+from .console import Console, discard_output
+from .errors import CheckpointError, ConfigError, DataError, DiskFullError, NewLLMError
 
 Options = TypeVar("Options")
 
-# short names of the options that everybody types
-_ALIASES = {"--data": "--data.source", "--valid": "--data.valid"}
+# short names of the options that everybody types, for the commands that take a config
+_RUN_ALIASES = {"--data": "--data.source", "--valid": "--data.valid"}
+# long names of a config's options, for the commands that take none
+_DATA_ALIASES = {"--data.on-bad-row": "--on-bad-row", "--data.split": "--split"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """A whole run, or one stage of it. Resumes an unfinished DIR."""
+    """A whole run, or one stage of it. Resumes an unfinished DIR.
+
+    `--data` is short for `--data.source`, `--valid` for `--data.valid`.
+    """
 
     out: Path
     """Folder of the run."""
@@ -70,6 +75,8 @@ class EvaluateOptions:
     """Dialogues: JSONL, Parquet or a hub name."""
     split: str = "test_sft"
     """Split, where the data is a hub name."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What a row that is not a dialogue does: stop, or be left out."""
     json: Path | None = None
     """Also write the result here."""
     quiet: bool = False
@@ -86,8 +93,12 @@ class DoctorOptions:
     """Held-out dialogues: JSONL, Parquet or a hub name."""
     split: str = "test_sft"
     """Split, where the data is a hub name."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What a row that is not a dialogue does: stop, or be left out."""
     json: Path | None = None
     """Also write the result here."""
+    quiet: bool = False
+    """Show results only, no progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +212,10 @@ def _chat(options: ChatOptions) -> None:
     from .checkpoint import load_checkpoint
     from .generate import Conversation
 
+    if sys.stdin is None:
+        raise ConfigError(
+            "something to read expected on standard input, it is closed; use new-llm generate"
+        )
     conversation = Conversation(load_checkpoint(options.checkpoint), options.sample)
     print("A conversation; /reset forgets it, /save FILE and /load FILE keep it, /quit ends.")
     while True:
@@ -225,7 +240,7 @@ def _chat(options: ChatOptions) -> None:
                 for piece in conversation.reply(text):
                     print(piece, end="", flush=True)
                 print()
-        except CheckpointError as error:
+        except (CheckpointError, DataError, DiskFullError) as error:
             print(error)
 
 
@@ -234,10 +249,13 @@ def _evaluate(options: EvaluateOptions) -> None:
     from .data import temporary_store
     from .evaluate import evaluate
 
+    _require_file(options.json)
     loaded = load_checkpoint(options.checkpoint)
     console = Console(quiet=options.quiet)
     with (
-        temporary_store(options.data, options.split, loaded.tokenizer) as store,
+        temporary_store(
+            options.data, options.split, loaded.tokenizer, on_bad_row=options.on_bad_row
+        ) as store,
         console.track("evaluation", store.num_tokens) as advance,
     ):
         result = evaluate(loaded.model, store, advance=advance).to_dict()
@@ -250,12 +268,19 @@ def _doctor(options: DoctorOptions) -> None:
     from .data import temporary_store
     from .evaluate import sequence_verdict, token_verdict
 
+    _require_file(options.json)
     loaded = load_checkpoint(options.checkpoint)
-    console = Console()
-    diagnoses = [token_verdict(loaded.model)]
-    if options.data is not None:
-        with temporary_store(options.data, options.split, loaded.tokenizer) as store:
-            diagnoses.append(sequence_verdict(loaded.model, store, trained=True))
+    console = Console(quiet=options.quiet)
+    diagnoses = []
+    with console.track("measuring", 1 if options.data is None else 2) as advance:
+        if options.data is not None:
+            with temporary_store(
+                options.data, options.split, loaded.tokenizer, on_bad_row=options.on_bad_row
+            ) as store:
+                diagnoses.append(sequence_verdict(loaded.model, store, trained=True))
+            advance(1, "sequence scope")
+        diagnoses.insert(0, token_verdict(loaded.model))
+        advance(1, "token scope")
     for diagnosis in diagnoses:
         rows = [
             [name, row.value, row.threshold, row.passed]
@@ -274,6 +299,7 @@ def _doctor(options: DoctorOptions) -> None:
 def _lab(options: LabOptions) -> None:
     from .lab import run_lab
 
+    _require_file(options.json)
     console = Console(quiet=options.quiet)
     rows = run_lab(options.name, data=options.data, out=options.out, console=console)
     _write_json(options.json, rows)
@@ -282,8 +308,16 @@ def _lab(options: LabOptions) -> None:
 def _report(options: ReportOptions) -> None:
     from .report import write_report
 
+    _require_file(options.out)
     write_report(list(options.runs), options.out)
     print(options.out)
+
+
+def _require_file(path: Path | None) -> None:
+    from .files import require_file
+
+    if path is not None:
+        require_file(path)
 
 
 def _write_json(path: Path | None, value: Any) -> None:
@@ -295,18 +329,21 @@ def _write_json(path: Path | None, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its options, what it calls, and whether a preset may stand before them."""
+    """A command of the command line."""
 
     options: type
     call: Callable[[Any], None]
     takes_preset: bool = False
+    """Whether a preset may stand before the options."""
+    resumes: bool = False
+    """Whether the same command goes on where it was interrupted."""
 
 
 COMMANDS = {
-    "run": Command(RunOptions, _run, takes_preset=True),
-    "phase1": Command(RunOptions, _phase1, takes_preset=True),
-    "cache": Command(RunOptions, _cache, takes_preset=True),
-    "phase2": Command(RunOptions, _phase2, takes_preset=True),
+    "run": Command(RunOptions, _run, takes_preset=True, resumes=True),
+    "phase1": Command(RunOptions, _phase1, takes_preset=True, resumes=True),
+    "cache": Command(RunOptions, _cache, takes_preset=True, resumes=True),
+    "phase2": Command(RunOptions, _phase2, takes_preset=True, resumes=True),
     "generate": Command(GenerateOptions, _generate),
     "chat": Command(ChatOptions, _chat),
     "evaluate": Command(EvaluateOptions, _evaluate),
@@ -347,13 +384,18 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     if command.takes_preset:
         rest, chosen = _take_preset(rest)
         default = RunOptions(out=tyro.MISSING, config=preset(chosen))  # pyright: ignore
-        rest = [_expand_alias(argument) for argument in rest]
+    aliases = _RUN_ALIASES if command.takes_preset else _DATA_ALIASES
+    rest = [_expand_alias(argument, aliases) for argument in rest]
+    if "--prompt" in rest[:-1]:
+        # whatever stands behind it is the prompt, also where it looks like an option
+        place = rest.index("--prompt")
+        rest[place : place + 2] = [f"--prompt={rest[place + 1]}"]
     return _parse_options(command.options, rest, default, f"new-llm {name}")
 
 
-def _expand_alias(argument: str) -> str:
+def _expand_alias(argument: str, aliases: dict[str, str]) -> str:
     option, equals, value = argument.partition("=")
-    return _ALIASES.get(option, option) + equals + value
+    return aliases.get(option, option) + equals + value
 
 
 def _take_preset(arguments: list[str]) -> tuple[list[str], str]:
@@ -434,24 +476,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"new-llm {__version__}")
         return 0
     try:
-        name = arguments[0]
-        if name not in COMMANDS:
+        return _call(arguments[0], arguments[1:])
+    except BrokenPipeError:
+        # whoever read the output has seen enough
+        discard_output()
+        return 0
+
+
+def _call(name: str, arguments: Sequence[str]) -> int:
+    command = COMMANDS.get(name)
+    try:
+        if command is None:
             raise ConfigError(f"a command is one of {', '.join(COMMANDS)}; got {name!r}")
-        options = parse(name, arguments[1:])
-        COMMANDS[name].call(options)
+        command.call(parse(name, arguments))
+        sys.stdout.flush()
     except SystemExit as stop:
         return int(stop.code or 0)
     except NewLLMError as error:
         print(f"new-llm: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("new-llm: interrupted; the same command goes on from here", file=sys.stderr)
+        goes_on = command is not None and command.resumes
+        then = "the same command goes on from here" if goes_on else "nothing was written"
+        print(f"new-llm: interrupted; {then}", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        raise
     except OSError as error:
         from .files import FULL
 
-        if error.errno not in FULL:
+        if error.errno in FULL:
+            print("new-llm: the disk is full; free some space and repeat", file=sys.stderr)
+            return DiskFullError.exit_code
+        if error.filename is None:
             raise
-        print("new-llm: the disk is full; free some space and repeat", file=sys.stderr)
-        return DiskFullError.exit_code
+        print(
+            f"new-llm: {error.filename} cannot be used ({error.strerror}); "
+            "check its name and permissions",
+            file=sys.stderr,
+        )
+        return ConfigError.exit_code
     return 0

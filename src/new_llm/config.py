@@ -15,6 +15,10 @@ from .errors import ConfigError
 CellName = Literal["sequential", "layerwise", "convex"]
 MetricName = Literal["residual", "mse", "l2"]
 T = TypeVar("T")
+_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false",
+          type(None): "none"}  # fmt: skip
+# random generators take more, but a seed is drawn from by adding to it
+SEEDS = 2**31
 # float32 holds its products with the optimiser's corrections
 _LARGEST = 1e30
 
@@ -27,13 +31,21 @@ def _require(owner: object, name: str, holds: bool, wanted: str) -> None:
 
 
 def _check_choices(owner: Any) -> None:
-    """Check every `Literal` field against its values and every number against being finite."""
+    """Check every field: its type, `Literal` ones against their values, numbers to be finite."""
     for name, hint in get_type_hints(type(owner)).items():
         value = getattr(owner, name)
         if get_origin(hint) is Literal:
             choices = get_args(hint)
             _require(owner, name, value in choices, "one of " + ", ".join(map(str, choices)))
-        elif isinstance(value, float):
+            continue
+        if dataclasses.is_dataclass(hint):
+            continue
+        kinds = get_args(hint) or (hint,)
+        # a whole number may stand for a number, but a truth value for neither
+        wider = (*kinds, int) if float in kinds else kinds
+        fits = isinstance(value, wider) and (bool in kinds or not isinstance(value, bool))
+        _require(owner, name, fits, " or ".join(_KINDS[kind] for kind in kinds))
+        if isinstance(value, float):
             _require(owner, name, abs(value) < float("inf"), "a finite number")
 
 
@@ -296,6 +308,7 @@ class SampleConfig:
         _require(self, "top_k", self.top_k >= 0, "at least 0")
         _require(self, "top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]")
         _require(self, "repetition_penalty", self.repetition_penalty > 0.0, "positive")
+        _require(self, "seed", 0 <= self.seed < SEEDS, f"in [0, {SEEDS})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,7 +343,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        _require(self, "seed", 0 <= self.seed < 2**31, "in [0, 2147483648)")
+        _require(self, "seed", 0 <= self.seed < SEEDS, f"in [0, {SEEDS})")
 
     def fingerprint(self) -> str:
         """Return 16 hex digits that two configs share exactly if all their settings are equal."""

@@ -1,5 +1,7 @@
 """What a person sees while work goes on: progress with rate and time left, tables, lines."""
 
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -34,6 +36,22 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.1f}/s")
 
 
+class _Terminal(RichConsole):
+    """A terminal whose reader may go away, which must not stop work that is under way."""
+
+    def on_broken_pipe(self) -> None:
+        """Print no more."""
+        self.quiet = True
+        discard_output()
+
+
+def discard_output() -> None:
+    """Let standard output lead nowhere: whoever read it has gone."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
 class Console:
     """Writes to the terminal; a quiet one shows results but no progress.
 
@@ -44,7 +62,7 @@ class Console:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
-        self._rich = RichConsole(highlight=False, soft_wrap=True)
+        self._rich = _Terminal(highlight=False, soft_wrap=True)
 
     @contextmanager
     def track(self, description: str, total: float | None) -> Iterator[Advance]:

@@ -270,14 +270,16 @@ class _Source:
 
 
 @contextmanager
-def temporary_store(source: str, split: str, tokenizer: ChatTokenizer) -> Iterator[TokenStore]:
+def temporary_store(
+    source: str, split: str, tokenizer: ChatTokenizer, *, on_bad_row: str = "error"
+) -> Iterator[TokenStore]:
     """Yield all dialogues of a source as a store that is gone afterwards.
 
     Raises:
         DataError: the dialogues cannot be read.
     """
     rows = read_dialogues(
-        source, split=split, on_bad_row="error", max_dialogues=None, report=ReadReport()
+        source, split=split, on_bad_row=on_bad_row, max_dialogues=None, report=ReadReport()
     )
     with tempfile.TemporaryDirectory(prefix="new-llm-") as folder:
         yield write_store(Path(folder) / "store", rows, tokenizer)

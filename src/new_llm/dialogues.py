@@ -89,7 +89,7 @@ def read_dialogues(
         raise DataError(
             f"at least one dialogue of two messages expected in {source}, none was left of "
             f"{report.num_rows} rows ({report.num_bad_rows} bad, {report.num_short} too short); "
-            "check the file or use --data.on-bad-row error to see why"
+            + (f"first bad: {report.first_bad}" if report.first_bad else "give longer dialogues")
         )
 
 

@@ -374,7 +374,7 @@ class SequenceSubject:
     lyapunov: float
     """Mean log growth of a small difference, nats a token."""
     decay_length: float
-    """Tokens until a difference of starts has shrunk to 1 %; infinite where it never did."""
+    """Tokens until a difference of starts has shrunk to 1/e; infinite where it never did."""
     apply: Map
     """For ConvexCell `delta` at rows of `before`."""
     before: Tensor

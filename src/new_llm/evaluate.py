@@ -268,7 +268,7 @@ def sequence_verdict(model: NewLLM, store: TokenStore, *, trained: bool) -> Diag
             return cell.update(context, carried[:, t].repeat(copies, 1), weights)
 
         exponent, decay = lyapunov_exponent(step, initial, real & ~starts)
-        small = (decay < 0.01).nonzero()
+        small = (decay < math.exp(-1.0)).nonzero()
         before = torch.cat([initial[:, None], contexts[k][:, :-1]], dim=1)[real & ~starts]
         chosen = before[:: max(1, len(before) // 256)]
         chosen_x = x[real & ~starts][:: max(1, len(before) // 256)]

@@ -72,6 +72,23 @@ def write_text(path: Path, text: str) -> None:
         raise disk_error(error, path) from error
 
 
+def require_file(path: Path) -> None:
+    """Check before long work that its result can be written to `path` in the end.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as readable JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
@@ -89,7 +106,11 @@ def read_json(path: Path, kind: str) -> Any:
         raise CheckpointError(
             f"{kind} expected, but there is no {path}; check the folder's name"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise CheckpointError(
+            f"{kind} expected, but {path} cannot be read ({error.strerror}); check its permissions"
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{kind} expected, but {path} is damaged ({error})") from None
 
 
@@ -124,12 +145,12 @@ def disk_error(error: OSError, path: Path) -> Exception:
             f"{path} must be written, but the disk is full; "
             "free some space and run the same command again"
         )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-        return CheckpointError(
-            f"{path} must be written, but that is not allowed ({error.strerror}); "
-            "choose another --out"
-        )
-    return error
+    if error.errno is None:
+        return error
+    return CheckpointError(
+        f"{path} must be written, but that is not possible ({error.strerror}); "
+        "choose another place for it"
+    )
 
 
 def _sync(path: Path) -> None:

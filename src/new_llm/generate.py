@@ -1,15 +1,14 @@
 """Text from a model: the context is the only memory, so a token costs the same at any length."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .checkpoint import Checkpoint, load_tensors
-from .config import SampleConfig
+from .checkpoint import Checkpoint, load_tensors, save_tensors
+from .config import SEEDS, SampleConfig
 from .errors import CheckpointError, DataError, NonFiniteError
 from .model import NewLLM
 
@@ -160,7 +159,7 @@ class Conversation:
         """Say `text` as the user; yield the assistant's answer piece by piece.
 
         Raises:
-            DataError: the text is empty.
+            DataError: the text is empty, or no UTF-8.
         """
         if not text.strip():
             raise DataError("a message with some text expected, got an empty one")
@@ -169,13 +168,13 @@ class Conversation:
         device = model.embedding.weight.device
         reading = read(model, torch.tensor([ids], device=device), self.context)
         latest = [reading]
-        seeded = {**vars_of(self.config), "seed": self.config.seed + self.num_turns}
+        drawn_by = replace(self.config, seed=(self.config.seed + self.num_turns) % SEEDS)
         drawn: list[int] = []
         shown = ""
         tokens = stream(
             model,
             reading,
-            SampleConfig(**seeded),
+            drawn_by,
             stop_ids=(tokenizer.im_end_id,),
             on_reading=lambda found: latest.__setitem__(0, found),
         )
@@ -203,11 +202,16 @@ class Conversation:
         self.context, self.num_turns = None, 0
 
     def save(self, path: Path) -> None:
-        """Write the context as safetensors."""
+        """Write the context as safetensors.
+
+        Raises:
+            CheckpointError: `path` cannot be written.
+            DiskFullError: there was no room.
+        """
         context = self.context
         if context is None:
             context = self.checkpoint.model.initial_context(1)
-        save_file({"context": context.cpu().contiguous()}, path)
+        save_tensors(path, {"context": context})
 
     def load(self, path: Path) -> None:
         """Go on from a saved context.
@@ -224,8 +228,3 @@ class Conversation:
                 "load one that this model saved"
             )
         self.context = context.to(wanted.device)
-
-
-def vars_of(config: SampleConfig) -> dict[str, float | int]:
-    """Return the settings of a draw as keyword arguments."""
-    return {name: getattr(config, name) for name in config.__dataclass_fields__}

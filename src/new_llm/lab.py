@@ -15,6 +15,7 @@ import torch
 from .config import Phase1Config, RunConfig, fingerprint, preset, to_dict
 from .console import Advance, Console
 from .data import held_out_ids
+from .dialogues import ReadReport, read_dialogues
 from .doctor import effective_rank, mean_cosine
 from .errors import ConfigError
 from .evaluate import token_verdict
@@ -274,9 +275,16 @@ def run_lab(
 
     Raises:
         ConfigError: there is no such experiment.
+        DataError: the dialogues cannot be read.
     """
     if name != "all" and name not in EXPERIMENTS:
         raise ConfigError(f"an experiment is one of {', '.join(EXPERIMENTS)} or all; got {name!r}")
+    if data is not None:
+        # read before hours of work, so that a wrong name is known at once
+        rows = read_dialogues(
+            data, split="test_sft", on_bad_row="skip", max_dialogues=1, report=ReadReport()
+        )
+        next(rows)
     chosen = list(EXPERIMENTS) if name == "all" else [name]
     results: dict[str, list[dict[str, Any]]] = {}
     key = fingerprint([to_dict(_seed_config(cell)) for cell in CELLS] + [NUM_SEEDS, data])

@@ -23,14 +23,15 @@ from . import cache, phase1, phase2
 from .checkpoint import (
     Checkpoint,
     load_checkpoint,
+    read_training_values,
     save_checkpoint,
     weights_fingerprint,
 )
-from .config import ModelConfig, RunConfig
+from .config import SEEDS, ModelConfig, RunConfig
 from .console import Console
 from .data import Prepared, held_out_ids, prepare
 from .doctor import THRESHOLDS
-from .errors import ConfigError, DataError, GateError
+from .errors import CheckpointError, ConfigError, DataError, GateError
 from .evaluate import (
     evaluate,
     kneser_ney_bigram,
@@ -38,7 +39,7 @@ from .evaluate import (
     token_verdict,
     verdict_dict,
 )
-from .files import disk_error, read_json, write_json
+from .files import disk_error, read_json, write_json, write_text
 from .generate import Conversation
 from .model import NewLLM, num_parameters
 from .records import open_folder, read_history
@@ -105,8 +106,7 @@ class Run:
         """Drop rows of work that will be done again."""
         rows = [row for row in read_history(self.folder.history) if keep(row)]
         if self.folder.history.exists():
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            self.folder.history.write_text(text, encoding="utf-8")
+            write_text(self.folder.history, "".join(json.dumps(row) + "\n" for row in rows))
 
     def prepare(self) -> Prepared:
         """Tokenise the dialogues, or open what an earlier call left."""
@@ -162,7 +162,13 @@ class Run:
         torch.manual_seed(config.seed)
         return NewLLM(shape, prepared.tokenizer.vocab_size, config.solver).to(self.device)
 
-    def _load(self, folder: Path) -> NewLLM:
+    def _load_phase1(self) -> NewLLM:
+        folder = self.folder.phase1_checkpoint
+        if not folder.exists():
+            raise CheckpointError(
+                f"the model of Phase 1 expected in {folder}, but it is gone; "
+                f"delete {self.folder.stages / 'phase1.json'} to train it again"
+            )
         return load_checkpoint(folder).model.to(self.device)
 
     def phase1(self) -> dict[str, Any]:
@@ -259,7 +265,7 @@ class Run:
     def cache(self) -> cache.ContextCache | None:
         """Write the cache that this config needs, or open it."""
         self.phase1()
-        model = self._load(self.folder.phase1_checkpoint)
+        model = self._load_phase1()
         per_position = self.config.phase2.freeze_context and self.config.model.scope == "sequence"
         train = self.prepare().train
         key = cache.sequence_key(model, train) if per_position else cache.token_key(model)
@@ -283,9 +289,9 @@ class Run:
         if self._stage("phase2") is not None:
             return
         config, prepared = self.config, self.prepare()
-        model = self._load(self.folder.phase1_checkpoint)
-        resumed = self.folder.training / "state.json"
-        step = read_json(resumed, "a training state")["step"] if resumed.exists() else 0
+        model = self._load_phase1()
+        training = self.folder.training
+        step = read_training_values(training)["step"] if training.is_dir() else 0
         self._truncate_history(lambda row: row["stage"].startswith("phase1") or row["step"] <= step)
         if step:
             self.console.say(f"phase 2 goes on after step {step}")
@@ -357,9 +363,8 @@ class Run:
         samples = []
         for number, turns in enumerate(said[:_NUM_SAMPLES]):
             # each turn of a conversation adds one
-            drawn = replace(
-                self.config.sample, seed=self.config.sample.seed + number * (_NUM_TURNS + 1)
-            )
+            seed = self.config.sample.seed + number * (_NUM_TURNS + 1)
+            drawn = replace(self.config.sample, seed=seed % SEEDS)
             conversation = Conversation(loaded, drawn)
             samples.append(
                 [
@@ -395,5 +400,8 @@ def run(config: RunConfig, out: Path, *, console: Console | None = None) -> dict
     """
     job = Run(config, out, console or Console(quiet=True))
     if job.folder.result.exists():
-        return read_json(job.folder.result, "a run's result")
+        result = read_json(job.folder.result, "a run's result")
+        if not job.folder.report.exists():
+            write_report([out], job.folder.report)
+        return result
     return job.finish()

@@ -67,11 +67,14 @@ def scan(
     >>> scan(cell, torch.ones(2, 7, 3), torch.zeros(2, 4)).shape
     torch.Size([2, 7, 4])
     """
-    projected, weights = cell.project(x), cell.weights() if weights is None else weights
-    # one position of generation is not worth what the hand-written scan prepares
-    if isinstance(cell, ConvexCell) and (x.shape[1] > 1 or torch.is_grad_enabled()):
-        return _convex_scan(cell, projected, weights, initial, starts, real)
-    return scan_by_steps(cell, projected, weights, initial, starts=starts, real=real)
+    projected = cell.project(x).to(initial.dtype)
+    # contexts keep their precision where the large products of a text do not
+    with torch.autocast(x.device.type, enabled=False):
+        weights = cell.weights() if weights is None else weights
+        # one position of generation is not worth what the hand-written scan prepares
+        if isinstance(cell, ConvexCell) and (x.shape[1] > 1 or torch.is_grad_enabled()):
+            return _convex_scan(cell, projected, weights, initial, starts, real)
+        return scan_by_steps(cell, projected, weights, initial, starts=starts, real=real)
 
 
 def scan_by_steps(

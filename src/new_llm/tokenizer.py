@@ -148,7 +148,12 @@ class ChatTokenizer:
         return cls(_read(folder / "tokenizer.json", CheckpointError))
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text; role tokens in it stay text."""
+        """Return the ids of a text; role tokens in it stay text.
+
+        Raises:
+            DataError: it holds bytes that are no UTF-8.
+        """
+        _require_utf8(text)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
@@ -192,13 +197,29 @@ class ChatTokenizer:
         return result
 
     def encode_prompt(self, messages: Messages) -> list[int]:
-        """Return the ids of a dialogue so far and of the header of the assistant's answer."""
+        """Return the ids of a dialogue so far and of the header of the assistant's answer.
+
+        Raises:
+            DataError: a content holds bytes that are no UTF-8.
+        """
+        for message in messages:
+            _require_utf8(message["content"])
         ids = self.encode_dialogues([messages])[0][0].tolist() if messages else []
         return ids + self.answer_header()
 
     def answer_header(self) -> list[int]:
         """Return the ids after which the assistant speaks."""
         return [self.im_start_id, *self.encode("assistant\n")]
+
+
+def _require_utf8(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"UTF-8 text expected, got something else at character {error.start + 1}; "
+            "convert the text, or set the terminal to UTF-8"
+        ) from None
 
 
 def _read(path: Path, error_type: type[Exception]) -> "Tokenizer":
