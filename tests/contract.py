@@ -53,6 +53,14 @@ class ContextCellContract:
             moved[settled < 1e-9], context[settled < 1e-9], atol=1e-7, rtol=0
         )
 
+    def test_forget_gates_are_shares(self, cell: ContextCell) -> None:
+        context, x = torch.randn(3, C).double(), torch.randn(3, E).double()
+        gates = cell.forget_gates(context, cell.project(x), cell.weights())
+        assert gates.shape[0] == 3
+        assert gates.shape[-1] == C
+        assert ((gates > 0) & (gates < 1)).all()
+        assert not torch.allclose(gates[0], gates[1])
+
     def test_state_dict_round_trip(self, cell: ContextCell) -> None:
         other = self.make().double().eval()
         context, x = torch.randn(2, C).double(), torch.randn(2, E).double()

@@ -2,17 +2,12 @@
 
 from collections.abc import Callable
 
-import pytest
 import torch
 from torch import Tensor
 
 from new_llm.doctor import (
     TokenSubject,
     diagnose_tokens,
-    effective_rank,
-    largest_singular_value,
-    mean_cosine,
-    pair_ratios,
     with_memory,
     worst,
 )
@@ -135,24 +130,3 @@ def test_amnesia_is_judged_only_after_training() -> None:
     ):
         found = with_memory(good, gain_nats=gain, context_length=3.0, trained=trained)
         assert found.verdict == verdict
-
-
-@pytest.mark.parametrize("largest", [0.3, 1.0, 4.0])
-def test_singular_value_of_known_matrices(largest: float) -> None:
-    left = torch.linalg.qr(torch.randn(C, C))[0]
-    values = torch.linspace(largest, 0.01, C)
-    matrix = left @ torch.diag(values) @ ROTATION
-    found = largest_singular_value(lambda c, rows: c @ matrix.T, torch.randn(5, C), iterations=200)
-    torch.testing.assert_close(found, torch.full((5,), largest), rtol=0.01, atol=0)
-    ratios = pair_ratios(lambda c, rows: c @ matrix.T, torch.randn(50, C))
-    assert ratios.max() <= largest * 1.001
-
-
-def test_effective_rank_and_cosine_of_known_matrices() -> None:
-    basis = torch.cat([torch.eye(8), -torch.eye(8)])
-    assert effective_rank(basis) == pytest.approx(8.0)
-    assert effective_rank(torch.outer(torch.linspace(-1, 1, 9), torch.ones(4))) == pytest.approx(
-        1.0
-    )
-    assert mean_cosine(torch.eye(5)) == pytest.approx(0.0)
-    assert mean_cosine(torch.stack([torch.ones(3), -torch.ones(3)])) == pytest.approx(-1.0)

@@ -16,8 +16,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "new_llm"
 # a module imports only modules that stand before it
 ORDER = [
     "errors", "config", "console", "files", "dialogues", "tokenizer", "data", "cell",
-    "fixed_point", "recurrence", "doctor", "model", "checkpoint", "evaluate", "phase1", "cache",
-    "phase2", "generate", "records", "plots", "report", "pipeline", "lab", "cli", "__main__",
+    "fixed_point", "recurrence", "measurements", "doctor", "model", "checkpoint", "evaluate",
+    "phase1", "cache", "phase2", "generate", "records", "plots", "report", "pipeline",
+    "lab", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -47,6 +47,10 @@ class ContextCell(nn.Module, ABC):
     def update(self, context: Tensor, projected: Tensor, weights: Weights) -> Tensor:
         """Return `f(context, x)`, `[..., C]` and `[..., P]` to `[..., C]`."""
 
+    @abstractmethod
+    def forget_gates(self, context: Tensor, projected: Tensor, weights: Weights) -> Tensor:
+        """Return the shares of the old context that an update keeps, `[..., gates, C]`."""
+
     def search_map(self, context: Tensor, projected: Tensor, weights: Weights) -> Tensor:
         """Return the map that token scope iterates; it has the fixed points of `update`."""
         return self.update(context, projected, weights)
@@ -61,11 +65,12 @@ class ContextCell(nn.Module, ABC):
         return self.update(context, self.project(x), self.weights())
 
 
-def _gate(hidden: Tensor, context: Tensor, weight: Tensor, bias: Tensor, norm: Weights) -> Tensor:
-    """The seeds' gate: `LayerNorm(forget * context + input * delta)`, all three from `hidden`."""
-    delta, forget, insert = F.linear(hidden, weight, bias).chunk(3, dim=-1)
-    mixed = torch.sigmoid(forget) * context + torch.sigmoid(insert) * torch.tanh(delta)
-    return F.layer_norm(mixed, mixed.shape[-1:], norm[0], norm[1])
+def _gate(hidden: Tensor, context: Tensor, gate: Weights, norm: Weights) -> tuple[Tensor, Tensor]:
+    """The seeds' gate: `LayerNorm(forget * context + input * delta)`, and `forget`."""
+    delta, forget, insert = F.linear(hidden, gate[0], gate[1]).chunk(3, dim=-1)
+    forget = torch.sigmoid(forget)
+    mixed = forget * context + torch.sigmoid(insert) * torch.tanh(delta)
+    return F.layer_norm(mixed, mixed.shape[-1:], norm[0], norm[1]), forget
 
 
 class _SeedCell(ContextCell):
@@ -98,10 +103,37 @@ class _SeedCell(ContextCell):
             for linear in [*self.hidden, *self.gates]:
                 nn.init.normal_(linear.weight, std=0.02)  # pyright: ignore[reportArgumentType]
                 nn.init.zeros_(linear.bias)  # pyright: ignore[reportArgumentType]
+        elif initialisation == "orthogonal":
+            self._initialise_orthogonal()
+
+    @torch.no_grad()
+    def _initialise_orthogonal(self) -> None:
+        """Keep the size of a signal through any number of layers (arXiv:1312.6120)."""
+        for linear in self.hidden:
+            nn.init.orthogonal_(linear.weight, gain=math.sqrt(2.0))  # pyright: ignore[reportArgumentType]
+            nn.init.zeros_(linear.bias)  # pyright: ignore[reportArgumentType]
+        for linear in self.gates:
+            for part in linear.weight.chunk(3):  # pyright: ignore
+                nn.init.orthogonal_(part)
+            nn.init.zeros_(linear.bias)  # pyright: ignore[reportArgumentType]
 
     def weights(self) -> Weights:
         """Return the parameters; the token's columns of `[x, c]` layers are left in `project`."""
         return tuple(self.parameters())
+
+    def update(self, context: Tensor, projected: Tensor, weights: Weights) -> Tensor:
+        """Return `f(context, x)`."""
+        return self._pass(context, projected, weights)[0]
+
+    def forget_gates(self, context: Tensor, projected: Tensor, weights: Weights) -> Tensor:
+        """Return the forget gate of each gated layer, `[..., gates, C]`."""
+        return torch.stack(self._pass(context, projected, weights)[1], dim=-2)
+
+    @abstractmethod
+    def _pass(
+        self, context: Tensor, projected: Tensor, weights: Weights
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return `f(context, x)` and the forget gates on the way."""
 
     def _phi(self, preactivation: Tensor) -> Tensor:
         return F.dropout(F.relu(preactivation), self.dropout, self.training)
@@ -156,13 +188,15 @@ class SequentialCell(_SeedCell):
         first = self.hidden[0]
         return F.linear(x, first.weight[:, : self.embedding_width], first.bias)  # pyright: ignore
 
-    def update(self, context: Tensor, projected: Tensor, weights: Weights) -> Tensor:
-        """Return `f(context, x)`."""
+    def _pass(
+        self, context: Tensor, projected: Tensor, weights: Weights
+    ) -> tuple[Tensor, list[Tensor]]:
         hidden, (gate,), (norm,) = self._split(weights)
         h = self._phi(projected + F.linear(context, hidden[0][0][:, self.embedding_width :]))
         for weight, bias in hidden[1:]:
             h = self._phi(F.linear(h, weight, bias))
-        return self._clipped(_gate(h, context, gate[0], gate[1], norm))
+        context, forget = _gate(h, context, gate, norm)
+        return self._clipped(context), [forget]
 
 
 @final
@@ -203,14 +237,18 @@ class LayerwiseCell(_SeedCell):
         weight = torch.cat([layer.weight[:, : self.embedding_width] for layer in self.hidden])  # pyright: ignore
         return F.linear(x, weight, torch.cat([layer.bias for layer in self.hidden]))  # pyright: ignore
 
-    def update(self, context: Tensor, projected: Tensor, weights: Weights) -> Tensor:
-        """Return `f(context, x)`."""
+    def _pass(
+        self, context: Tensor, projected: Tensor, weights: Weights
+    ) -> tuple[Tensor, list[Tensor]]:
         hidden, gates, norms = self._split(weights)
         parts = projected.chunk(len(hidden), dim=-1)
+        forgets = []
         for part, (weight, _), gate, norm in zip(parts, hidden, gates, norms, strict=True):
             h = self._phi(part + F.linear(context, weight[:, self.embedding_width :]))
-            context = self._clipped(_gate(h, context, gate[0], gate[1], norm))
-        return context
+            context, forget = _gate(h, context, gate, norm)
+            context = self._clipped(context)
+            forgets.append(forget)
+        return context, forgets
 
 
 @final
@@ -338,6 +376,10 @@ class ConvexCell(ContextCell):
         from_context, to_delta, bias = weights
         preactivation = projected[..., : self.hidden_width] + F.linear(context, from_context)
         return torch.tanh(F.linear(ACTIVATIONS[self.activation](preactivation), to_delta, bias))
+
+    def forget_gates(self, context: Tensor, projected: Tensor, weights: Weights) -> Tensor:
+        """Return the forget gate, which the token alone decides, `[..., 1, C]`."""
+        return projected[..., None, self.hidden_width :]
 
     def update(self, context: Tensor, projected: Tensor, weights: Weights) -> Tensor:
         """Return `f(context, x)`."""

@@ -73,8 +73,8 @@ class ModelConfig:
     """Dropout after each hidden layer of a seed cell."""
     clip: float | None = None
     """Clamp contexts of a seed cell to [-clip, clip]; only the clipping experiment uses it."""
-    initialisation: Literal["normal", "torch"] = "normal"
-    """Seed cells: `normal` is N(0, 0.02) with zero biases, `torch` is PyTorch's default."""
+    initialisation: Literal["normal", "torch", "orthogonal"] = "normal"
+    """Seed cells: N(0, 0.02) with zero biases (the seeds), PyTorch's default, or orthogonal."""
     activation: Literal["silu", "gelu", "tanh"] = "silu"
     """Smooth activation of ConvexCell, of known Lipschitz constant."""
     coupling_limit: float = 0.95

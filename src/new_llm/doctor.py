@@ -1,25 +1,34 @@
-"""The doctor: are the fixed points real? Measurements and verdicts, of callables and matrices.
+"""The doctor: are the fixed points real? Verdicts, of callables and matrices.
 
 Knows no model class. Every threshold stands in `Thresholds`. Axes: `N` tokens, `C` context width.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .fixed_point import FixedPoint, measure
-
-Map = Callable[[Tensor, Tensor], Tensor]
+from .measurements import (
+    Map,
+    Portrait,
+    draw,
+    effective_rank,
+    largest_singular_value,
+    mean_cosine,
+    pair_ratios,
+    participation_ratio,
+    relative_spread,
+    spectral_radius,
+    time_scales,
+)
+from .recurrence import Swept
 
 _TINY = 1e-30
-# far above the rounding of float32 contexts, far below their size
-_SMALL_DISTANCE = 1e-2
-# rows of a matrix whose singular values are taken; more change the entropy in the third digit
-_LARGEST_SPECTRUM = 4096
+# rows whose Jacobians are taken: their mean moves in the third digit with more
+_JACOBIANS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +131,13 @@ class Diagnosis:
     verdicts: tuple[str, ...]
     measurements: dict[str, Measurement]
     advice: tuple[str, ...]
+    portraits: tuple[Portrait, ...] = ()
+    """What a page shows, a block each; not a part of `to_dict`."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; a number that is not finite becomes null."""
         plain = asdict(self)
+        del plain["portraits"]
         for row in plain["measurements"].values():
             if row["value"] is not None and not abs(row["value"]) < float("inf"):
                 row["value"] = None
@@ -142,10 +154,16 @@ def worst(diagnoses: list[Diagnosis]) -> Diagnosis:
         for k, one in enumerate(diagnoses)
         for name, row in one.measurements.items()
     }
-    return _conclude(diagnoses[0].scope, held - {"healthy"}, merged)
+    portraits = tuple(portrait for one in diagnoses for portrait in one.portraits)
+    return _conclude(diagnoses[0].scope, held - {"healthy"}, merged, portraits)
 
 
-def _conclude(scope: str, held: set[str], measurements: dict[str, Measurement]) -> Diagnosis:
+def _conclude(
+    scope: str,
+    held: set[str],
+    measurements: dict[str, Measurement],
+    portraits: tuple[Portrait, ...],
+) -> Diagnosis:
     verdicts = tuple(name for name in ORDER if name in held) or ("healthy",)
     return Diagnosis(
         scope=scope,
@@ -153,130 +171,55 @@ def _conclude(scope: str, held: set[str], measurements: dict[str, Measurement]) 
         verdicts=verdicts,
         measurements=measurements,
         advice=tuple(ADVICE[name] for name in verdicts),
+        portraits=portraits,
     )
 
 
-def effective_rank(contexts: Tensor) -> float:
-    """Return `exp(entropy)` of the normalised singular values of the centred `[N, C]`.
+class _Sheet:
+    """The measurements so far, and the names that those speak for which did not pass."""
 
-    Source: Roy and Vetterli 2007, "The effective rank".
+    def __init__(self, thresholds: Thresholds) -> None:
+        self.rules = thresholds
+        self.rows: dict[str, Measurement] = {}
+        self.held: set[str] = set()
 
-    >>> effective_rank(torch.cat([torch.eye(4), -torch.eye(4)]))
-    4.0
-    """
-    rows = contexts[:: max(1, len(contexts) // _LARGEST_SPECTRUM)].double()
-    values = torch.linalg.svdvals(rows - rows.mean(dim=0))
-    share = values / values.sum().clamp(min=_TINY)
-    entropy = -(share * share.clamp(min=_TINY).log()).sum()
-    return round(entropy.exp().item(), 6)
+    def note(self, name: str, value: float) -> None:
+        self.rows[name] = Measurement(value=value)
 
+    def judge(self, name: str, value: float, wanted: str, passed: bool, verdict: str) -> None:
+        self.rows[name] = Measurement(value=value, threshold=wanted, passed=passed)
+        if not passed:
+            self.held.add(verdict)
 
-def mean_cosine(contexts: Tensor) -> float:
-    """Return the mean cosine of all pairs of different rows of `[N, C]`.
+    def judge_size(self, contexts: Tensor) -> None:
+        rms, least = contexts.square().mean().sqrt().item(), self.rules.zero_rms
+        self.judge("rms", rms, f">= {least}", rms >= least, "zero_collapse")
 
-    >>> mean_cosine(torch.ones(5, 3))
-    1.0
-    """
-    units = F.normalize(contexts.double(), dim=-1)
-    count = len(units)
-    alike = units.sum(dim=0).square().sum() - units.square().sum()
-    return round((alike / max(count * (count - 1), 1)).item(), 9)
+    def judge_spread(self, cosine: float, spread: float) -> None:
+        rules = self.rules
+        one_point = cosine > rules.attractor_cosine or spread < rules.attractor_spread
+        wanted = f">= {rules.attractor_spread}, and cosine <= {rules.attractor_cosine}"
+        self.judge("relative_spread", spread, wanted, not one_point, "global_attractor")
 
+    def judge_rank(self, parts: list[Tensor]) -> None:
+        width = parts[0].shape[-1]
+        rank, least = min(effective_rank(part) for part in parts), self.rules.rank_share * width
+        self.judge("effective_rank", rank, f">= {least:g} of {width}", rank >= least, "low_rank")
+        self.note("participation_ratio", min(participation_ratio(part) for part in parts))
 
-def relative_spread(contexts: Tensor) -> float:
-    """Return the root mean square distance from the mean, relative to that from zero.
+    def judge_coupling(self, singular: Tensor) -> None:
+        value, least = singular.mean().item(), self.rules.coupling
+        self.judge("coupling", value, f">= {least}", value >= least, "decoupled")
 
-    >>> relative_spread(torch.ones(5, 3))
-    0.0
-    """
-    wide = contexts.double()
-    size = wide.square().mean().sqrt().clamp(min=_TINY)
-    return ((wide - wide.mean(dim=0)).square().mean().sqrt() / size).item()
+    def note_gates(self, forget: Tensor) -> None:
+        """Describe the forget gates at the contexts, `[N, gates, C]`."""
+        self.note("forget_mean", forget.mean().item())
+        self.note("forget_above_0.99", (forget > 0.99).float().mean().item())
+        self.note("timescale_median", time_scales(forget).median().item())
 
-
-def largest_singular_value(apply: Map, contexts: Tensor, *, iterations: int = 24) -> Tensor:
-    """Return the largest singular value of each row's Jacobian by power iteration, `[N]`.
-
-    `apply(context, rows)` must treat rows alone. One JVP and one VJP an iteration.
-
-    >>> largest_singular_value(lambda c, rows: c * torch.tensor([3.0, 1.0]), torch.zeros(2, 2))
-    tensor([3., 3.])
-    """
-    rows = torch.arange(len(contexts), device=contexts.device)
-
-    def at_rows(context: Tensor) -> Tensor:
-        return apply(context, rows)
-
-    generator = torch.Generator().manual_seed(0)
-    tangent = torch.randn(contexts.shape, generator=generator).to(contexts)
-    tangent = F.normalize(tangent, dim=-1)
-    value = contexts.new_zeros(len(contexts))
-    pull = torch.func.vjp(at_rows, contexts)[1]
-    for _ in range(iterations):
-        pushed = torch.func.jvp(at_rows, (contexts,), (tangent,))[1]
-        value = pushed.norm(dim=-1)
-        (tangent,) = pull(pushed)
-        tangent = F.normalize(tangent, dim=-1)
-    return value
-
-
-def pair_ratios(apply: Map, contexts: Tensor, *, seed: int = 0) -> Tensor:
-    """Return how much one application shrinks distances of context pairs, `[3N]`.
-
-    Pairs are near (1 % away from the given contexts), far (given and unit normal) and random.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal() -> Tensor:
-        return torch.randn(contexts.shape, generator=generator).to(contexts)
-
-    size = contexts.square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-3)
-    first, second = normal(), normal()
-    rows = torch.arange(len(contexts), device=contexts.device)
-    pairs = [(contexts, contexts + 0.01 * size * normal()), (contexts, first), (first, second)]
-    ratios = []
-    for left, right in pairs:
-        moved = (apply(left, rows) - apply(right, rows)).norm(dim=-1)
-        ratios.append(moved / (left - right).norm(dim=-1).clamp(min=_TINY))
-    return torch.cat(ratios)
-
-
-@torch.no_grad()
-def lyapunov_exponent(
-    step: Callable[[Tensor, int], Tensor], initial: Tensor, counted: Tensor
-) -> tuple[float, Tensor]:
-    """Return the mean log growth of a small difference a position, and the decay of a large one.
-
-    Two runs a small distance apart are carried along each text and drawn back to that distance at
-    each position. The second value is the distance, relative to its start, of a run that began at a
-    unit normal context, after each position, `[T]` (median over texts).
-
-    Args:
-        step: context `[M, C]` of texts, repeated in order, and position to the next context.
-        initial: `[B, C]`.
-        counted: positions whose growth counts, `[B, T]` bool.
-
-    Source: Benettin et al. 1980, "Lyapunov characteristic exponents".
-
-    >>> halve = lambda context, t: 0.5 * context
-    >>> exponent, decay = lyapunov_exponent(halve, torch.zeros(1, 4), torch.ones(1, 3).bool())
-    >>> round(exponent, 4), [round(x, 3) for x in decay.tolist()]
-    (-0.6931, [0.5, 0.25, 0.125])
-    """
-    generator = torch.Generator().manual_seed(0)
-    tangent = torch.randn(initial.shape, generator=generator).to(initial)
-    tangent = _SMALL_DISTANCE * F.normalize(tangent, dim=-1)
-    other = torch.randn(initial.shape, generator=generator).to(initial)
-    first = (other - initial).norm(dim=-1).clamp(min=_TINY)
-    context, growth, decay = initial, initial.new_zeros(()), []
-    for t in range(counted.shape[1]):
-        context, near, other = step(torch.cat([context, context + tangent, other]), t).chunk(3)
-        tangent = near - context
-        distance = tangent.norm(dim=-1).clamp(min=_TINY)
-        growth = growth + (distance / _SMALL_DISTANCE).log()[counted[:, t]].sum()
-        tangent = tangent * (_SMALL_DISTANCE / distance)[:, None]
-        decay.append(((other - context).norm(dim=-1) / first).median())
-    return growth.item() / max(int(counted.sum()), 1), torch.stack(decay)
+    def conclude(self, scope: str, portrait: Portrait | None = None) -> Diagnosis:
+        portraits = () if portrait is None else (portrait,)
+        return _conclude(scope, self.held, self.rows, portraits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,74 +234,72 @@ class TokenSubject:
     """Iterates `apply` from contexts `[N, C]` to the doctor's own tolerance."""
     convex: bool
     """Whether the cell separates its gate, so that its coupling can be judged."""
+    forget: Map | None = None
+    """Forget gates, `(context [M, C], rows [M])` to `[M, gates, C]`, where the cell has some."""
 
 
 @torch.no_grad()
 def diagnose_tokens(subject: TokenSubject, thresholds: Thresholds = THRESHOLDS) -> Diagnosis:
     """Judge the fixed points of single tokens; rules in `Thresholds` and docs/doctor.md."""
-    delivered = subject.delivered
-    rules, width = thresholds, delivered.shape[-1]
-    rows: dict[str, Measurement] = {}
-    held: set[str] = set()
-
-    def judge(name: str, value: float, wanted: str, passed: bool, verdict: str) -> None:
-        rows[name] = Measurement(value=value, threshold=wanted, passed=passed)
-        if not passed:
-            held.add(verdict)
-
+    delivered, apply = subject.delivered, subject.apply
+    rules, all_rows = thresholds, _rows(delivered)
+    sheet = _Sheet(rules)
     if not torch.isfinite(delivered).all():
-        rows["finite"] = Measurement(value=0.0, threshold="1", passed=False)
-        return _conclude("token", {"non_finite"}, rows)
+        sheet.judge("finite", 0.0, "1", False, "non_finite")
+        return sheet.conclude("token")
     settled = subject.settle(torch.zeros_like(delivered))
     contexts = settled.context
-    seed_change = measure(subject.apply(delivered, _rows(delivered)), delivered, "mse")
-    rows["mse_of_delivered"] = Measurement(value=seed_change.mean().item())
-    rows["iterations"] = Measurement(value=settled.mean_iterations)
-    rows["norm"] = Measurement(value=delivered.norm(dim=-1).mean().item())
-    rms = delivered.square().mean().sqrt().item()
-    judge("rms", rms, f">= {rules.zero_rms}", rms >= rules.zero_rms, "zero_collapse")
+    seed_change = measure(apply(delivered, all_rows), delivered, "mse")
+    sheet.note("mse_of_delivered", seed_change.mean().item())
+    sheet.note("iterations", settled.mean_iterations)
+    sheet.note("norm", delivered.norm(dim=-1).mean().item())
+    sheet.judge_size(delivered)
 
     generator = torch.Generator().manual_seed(1)
     starts = [torch.randn(delivered.shape, generator=generator).to(delivered) for _ in range(3)]
-    moved = subject.apply(starts[0], _rows(delivered))
-    swapped = subject.apply(starts[0], _rows(delivered).roll(1))
+    moved = apply(starts[0], all_rows)
+    swapped = apply(starts[0], all_rows.roll(1))
     move = _relative(moved, starts[0])
     swap = _relative(swapped, moved)
-    rows["token_sensitivity"] = Measurement(value=swap)
+    sheet.note("token_sensitivity", swap)
     is_identity = move < rules.identity_move and swap < rules.identity_swap
     wanted = f">= {rules.identity_move}, or token_sensitivity >= {rules.identity_swap}"
-    judge("random_start_move", move, wanted, not is_identity, "identity_map")
+    sheet.judge("random_start_move", move, wanted, not is_identity, "identity_map")
 
     cosine = max(mean_cosine(delivered), mean_cosine(contexts))
     spread = min(relative_spread(delivered), relative_spread(contexts))
-    one_point = cosine > rules.attractor_cosine or spread < rules.attractor_spread
-    wanted = f">= {rules.attractor_spread}, and cosine <= {rules.attractor_cosine}"
-    judge("relative_spread", spread, wanted, not one_point, "global_attractor")
+    sheet.judge_spread(cosine, spread)
 
-    ratios = pair_ratios(subject.apply, contexts)
-    factor = ratios.sort().values[int(0.99 * (len(ratios) - 1))].item()
-    judge("factor_p99", factor, f"< {rules.factor}", factor < rules.factor, "expanding")
-    rows["factor_median"] = Measurement(value=ratios.median().item())
+    ratios = pair_ratios(apply, contexts).sort().values
+    factor = ratios[int(0.99 * (len(ratios) - 1))].item()
+    sheet.judge("factor_p99", factor, f"< {rules.factor}", factor < rules.factor, "expanding")
+    sheet.note("factor_median", ratios.median().item())
+    singular = largest_singular_value(apply, contexts[:_JACOBIANS])
+    sheet.note("jacobian_norm", singular.mean().item())
+    sheet.note("spectral_radius", spectral_radius(apply, contexts[:_JACOBIANS]).mean().item())
 
     ends = [subject.settle(start).context for start in starts]
     size = contexts.norm(dim=-1).clamp(min=_TINY)
     apart = torch.stack([(end - contexts).norm(dim=-1) / size for end in ends]).amax(dim=0)
     one_end = (apart <= rules.same_end).float().mean().item()
     wanted = f">= {rules.same_end_share}"
-    judge("one_end_share", one_end, wanted, one_end >= rules.same_end_share, "multi_stable")
+    sheet.judge("one_end_share", one_end, wanted, one_end >= rules.same_end_share, "multi_stable")
 
     share = (settled.change <= rules.residual).float().mean().item()
     wanted = f">= {rules.residual_share}"
-    judge("settled_share", share, wanted, share >= rules.residual_share, "not_converged")
-    rows["residual_median"] = Measurement(value=settled.change.median().item())
-    rate = min(factor, 1.0 - 1e-6)
-    estimate = settled.change.median().item() / (1.0 - rate)
-    rows["distance_estimate"] = Measurement(value=estimate)
+    sheet.judge("settled_share", share, wanted, share >= rules.residual_share, "not_converged")
+    residual = settled.change.median().item()
+    sheet.note("residual_median", residual)
+    sheet.note("distance_estimate", residual / (1.0 - min(factor, 1.0 - 1e-6)))
 
-    _judge_rank(judge, [delivered, contexts], cosine, width, rules)
+    sheet.judge_rank([delivered, contexts])
+    sheet.judge("cosine", cosine, f"<= {rules.cosine}", cosine <= rules.cosine, "low_rank")
     if subject.convex:
-        _judge_coupling(judge, subject.apply, contexts, rules)
-    return _conclude("token", held, rows)
+        sheet.judge_coupling(singular)
+    forget = None if subject.forget is None else subject.forget(contexts, all_rows)
+    if forget is not None:
+        sheet.note_gates(forget)
+    return sheet.conclude("token", draw(contexts, settled.curve, ratios, forget))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,53 +308,61 @@ class SequenceSubject:
 
     contexts: Tensor
     """Contexts of real positions, `[N, C]`."""
-    num_sweeps: int
-    """Sweeps that the parallel solve took."""
+    sweeps: Swept
+    """The parallel solve from zero, with the doctor's own cap and tolerance."""
     residual: float
-    """Largest relative change after them."""
+    """Largest relative change of a real position after it."""
     lyapunov: float
     """Mean log growth of a small difference, nats a token."""
     decay_length: float
     """Tokens until a difference of starts has shrunk to 1/e; infinite where it never did."""
     apply: Map
-    """For ConvexCell `delta` at rows of `before`."""
+    """The map of the cell's coupling, `delta` for ConvexCell, at rows of `before`."""
     before: Tensor
     """Contexts that were read, `[M, C]`."""
     convex: bool
+    forget: Map | None = None
+    """Forget gates at rows of `before`, `[M, gates, C]`."""
+    read_back: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    """What a linear probe reads of the token so many positions back, and what guessing gets."""
 
 
 @torch.no_grad()
 def diagnose_sequence(subject: SequenceSubject, thresholds: Thresholds = THRESHOLDS) -> Diagnosis:
     """Judge the contexts of carried text; `amnesic` is added by `with_memory`."""
-    rules, width = thresholds, subject.contexts.shape[-1]
-    rows: dict[str, Measurement] = {}
-    held: set[str] = set()
-
-    def judge(name: str, value: float, wanted: str, passed: bool, verdict: str) -> None:
-        rows[name] = Measurement(value=value, threshold=wanted, passed=passed)
-        if not passed:
-            held.add(verdict)
-
-    if not torch.isfinite(subject.contexts).all():
-        rows["finite"] = Measurement(value=0.0, threshold="1", passed=False)
-        return _conclude("sequence", {"non_finite"}, rows)
-    rms = subject.contexts.square().mean().sqrt().item()
-    judge("rms", rms, f">= {rules.zero_rms}", rms >= rules.zero_rms, "zero_collapse")
-    cosine, spread = mean_cosine(subject.contexts), relative_spread(subject.contexts)
-    one_point = cosine > rules.attractor_cosine or spread < rules.attractor_spread
-    wanted = f">= {rules.attractor_spread}, and cosine <= {rules.attractor_cosine}"
-    judge("relative_spread", spread, wanted, not one_point, "global_attractor")
-    judge("lyapunov", subject.lyapunov, "< 0", subject.lyapunov < 0.0, "expanding")
+    rules, contexts = thresholds, subject.contexts
+    sheet = _Sheet(rules)
+    if not torch.isfinite(contexts).all():
+        sheet.judge("finite", 0.0, "1", False, "non_finite")
+        return sheet.conclude("sequence")
+    sheet.judge_size(contexts)
+    cosine = mean_cosine(contexts)
+    sheet.judge_spread(cosine, relative_spread(contexts))
+    sheet.judge("lyapunov", subject.lyapunov, "< 0", subject.lyapunov < 0.0, "expanding")
     most = rules.gate_scan_sweeps if subject.convex else rules.jacobi_sweeps
-    settled = subject.residual <= rules.residual and subject.num_sweeps <= most
-    judge("sweeps", float(subject.num_sweeps), f"<= {most}", settled, "not_converged")
-    rows["sweep_residual"] = Measurement(value=subject.residual)
-    rows["decay_length"] = Measurement(value=subject.decay_length)
-    _judge_rank(judge, [subject.contexts], None, width, rules)
-    rows["cosine"] = Measurement(value=cosine)
+    sweeps = subject.sweeps.num_sweeps
+    settled = subject.residual <= rules.residual and sweeps <= most
+    sheet.judge("sweeps", float(sweeps), f"<= {most}", settled, "not_converged")
+    sheet.note("sweep_residual", subject.residual)
+    sheet.note("decay_length", subject.decay_length)
+    sheet.judge_rank([contexts])
+    sheet.note("cosine", cosine)
+    ratios = pair_ratios(subject.apply, subject.before).sort().values
+    sheet.note("factor_p99", ratios[int(0.99 * (len(ratios) - 1))].item())
+    singular = largest_singular_value(subject.apply, subject.before[:_JACOBIANS])
+    sheet.note("jacobian_norm", singular.mean().item())
     if subject.convex:
-        _judge_coupling(judge, subject.apply, subject.before, rules)
-    return _conclude("sequence", held, rows)
+        sheet.judge_coupling(singular)
+    forget = (
+        None if subject.forget is None else subject.forget(subject.before, _rows(subject.before))
+    )
+    if forget is not None:
+        sheet.note_gates(forget)
+    for back, (read, guessed) in subject.read_back.items():
+        sheet.note(f"read_{back}_back", read)
+        sheet.note(f"guess_{back}_back", guessed)
+    portrait = draw(contexts, subject.sweeps.curve[:, :3], ratios, forget)
+    return sheet.conclude("sequence", portrait)
 
 
 def with_memory(
@@ -443,31 +392,7 @@ def with_memory(
     rows["effective_context_length"] = Measurement(value=context_length)
     if trained and not remembers:
         held.add("amnesic")
-    return _conclude(diagnosis.scope, held, rows)
-
-
-def _judge_rank(
-    judge: Callable[[str, float, str, bool, str], None],
-    parts: list[Tensor],
-    cosine: float | None,
-    width: int,
-    rules: Thresholds,
-) -> None:
-    rank = min(effective_rank(part) for part in parts)
-    least = rules.rank_share * width
-    judge("effective_rank", rank, f">= {least:g} of {width}", rank >= least, "low_rank")
-    if cosine is not None:
-        judge("cosine", cosine, f"<= {rules.cosine}", cosine <= rules.cosine, "low_rank")
-
-
-def _judge_coupling(
-    judge: Callable[[str, float, str, bool, str], None],
-    apply: Map,
-    contexts: Tensor,
-    rules: Thresholds,
-) -> None:
-    value = largest_singular_value(apply, contexts[:256]).mean().item()
-    judge("coupling", value, f">= {rules.coupling}", value >= rules.coupling, "decoupled")
+    return _conclude(diagnosis.scope, held, rows, diagnosis.portraits)
 
 
 def _rows(contexts: Tensor) -> Tensor:

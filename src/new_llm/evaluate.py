@@ -5,6 +5,7 @@ The only place where a model is handed to the doctor.
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .cell import ContextCell, Weights
 from .config import SolverConfig
 from .console import Advance
 from .data import SegmentStream, TokenStore, held_out_ids
@@ -22,11 +24,11 @@ from .doctor import (
     TokenSubject,
     diagnose_sequence,
     diagnose_tokens,
-    lyapunov_exponent,
     with_memory,
     worst,
 )
 from .errors import DataError
+from .measurements import Map, lyapunov_exponent, read_back
 from .model import NewLLM, solve_tokens, token_losses
 from .recurrence import sweep
 
@@ -34,6 +36,10 @@ from .recurrence import sweep
 DIAGNOSED_SEQUENCES, DIAGNOSED_LENGTH = 8, 512
 # held-out ids that token verdicts look at, as a multiple of C: a rank of C/4 needs some
 DIAGNOSED_WIDTHS = 4
+# contexts of theirs whose Jacobians and pairs are looked at
+_DIAGNOSED_CONTEXTS = 256
+# positions back of the token that a probe tries to read
+_READ_BACK = (0, 1, 2, 4, 8, 16)
 _AGES = 256
 _LOSS_CHUNK = 1024
 
@@ -212,26 +218,24 @@ def token_verdict(model: NewLLM, ids: Tensor | None = None) -> Diagnosis:
     diagnoses = []
     for k, cell in enumerate(model.cells()):
         x = found.inputs[k]
-        projected, weights = cell.project(x), cell.weights()
-
-        def apply(
-            context: Tensor,
-            rows: Tensor,
-            cell: Any = cell,
-            projected: Tensor = projected,
-            weights: Any = weights,
-        ) -> Tensor:
-            return cell.search_map(context, projected[rows], weights)
-
         subject = TokenSubject(
             delivered=found.contexts[:, k],
-            apply=apply,
+            apply=_at_rows(cell, cell.search_map, x),
             settle=lambda start, cell=cell, x=x: solve_tokens(cell, x, start, deep),
             convex=cell.separates_gate,
+            forget=_at_rows(cell, cell.forget_gates, x),
         )
         diagnoses.append(diagnose_tokens(subject))
     model.train(was_training)
     return worst(diagnoses)
+
+
+def _at_rows(
+    cell: ContextCell, function: Callable[[Tensor, Tensor, Weights], Tensor], x: Tensor
+) -> Map:
+    """Return `function` of contexts and of the tokens of chosen rows of `x`, `[N, E]`."""
+    projected, weights = cell.project(x), cell.weights()
+    return lambda context, rows: function(context, projected[rows], weights)
 
 
 @torch.no_grad()
@@ -242,6 +246,7 @@ def sequence_verdict(model: NewLLM, store: TokenStore, *, trained: bool) -> Diag
     ids, starts, real = _diagnosed_text(store, model.embedding.weight.device)
     zero = model.initial_context(len(ids))
     inputs, contexts = model.stream_contexts(ids, zero, starts=starts, real=real)
+    carried_on = real & ~starts
     diagnoses = []
     for k, cell in enumerate(model.cells()):
         x, initial = inputs[k], zero[:, k]
@@ -267,39 +272,43 @@ def sequence_verdict(model: NewLLM, store: TokenStore, *, trained: bool) -> Diag
             copies = len(context) // len(carried)
             return cell.update(context, carried[:, t].repeat(copies, 1), weights)
 
-        exponent, decay = lyapunov_exponent(step, initial, real & ~starts)
+        exponent, decay = lyapunov_exponent(step, initial, carried_on)
         small = (decay < math.exp(-1.0)).nonzero()
-        before = torch.cat([initial[:, None], contexts[k][:, :-1]], dim=1)[real & ~starts]
-        chosen = before[:: max(1, len(before) // 256)]
-        chosen_x = x[real & ~starts][:: max(1, len(before) // 256)]
-        projected = cell.project(chosen_x)
-
-        def apply(
-            context: Tensor,
-            rows: Tensor,
-            cell: Any = cell,
-            projected: Tensor = projected,
-            weights: Any = weights,
-        ) -> Tensor:
-            return cell.search_map(context, projected[rows], weights)
-
+        before = torch.cat([initial[:, None], contexts[k][:, :-1]], dim=1)[carried_on]
+        every = max(1, len(before) // _DIAGNOSED_CONTEXTS)
+        chosen_x = x[carried_on][::every]
         diagnoses.append(
             diagnose_sequence(
                 SequenceSubject(
                     contexts=contexts[k][real],
-                    num_sweeps=swept.num_sweeps,
+                    sweeps=swept,
                     residual=swept.residual[real].max().item(),
                     lyapunov=exponent,
                     decay_length=float(small[0]) + 1.0 if len(small) else math.inf,
-                    apply=apply,
-                    before=chosen,
+                    apply=_at_rows(cell, cell.search_map, chosen_x),
+                    before=before[::every],
                     convex=cell.separates_gate,
+                    forget=_at_rows(cell, cell.forget_gates, chosen_x),
+                    read_back=_read_back(contexts[k], ids, starts, real),
                 )
             )
         )
     gain, length = memory_gain(model, ids, starts, real)
     model.train(was_training)
     return with_memory(worst(diagnoses), gain_nats=gain, context_length=length, trained=trained)
+
+
+def _read_back(
+    contexts: Tensor, ids: Tensor, starts: Tensor, real: Tensor
+) -> dict[int, tuple[float, float]]:
+    """Return what a linear probe reads of earlier tokens of the same dialogue, and guessing."""
+    dialogue = starts.long().cumsum(dim=1)
+    found = {}
+    for back in _READ_BACK:
+        now, then = slice(back, None), slice(None, ids.shape[1] - back)
+        same = real[:, now] & real[:, then] & (dialogue[:, now] == dialogue[:, then])
+        found[back] = read_back(contexts[:, now][same], ids[:, then][same])
+    return found
 
 
 def _diagnosed_text(store: TokenStore, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

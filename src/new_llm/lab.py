@@ -16,10 +16,10 @@ from .config import Phase1Config, RunConfig, fingerprint, preset, to_dict
 from .console import Advance, Console
 from .data import held_out_ids
 from .dialogues import ReadReport, read_dialogues
-from .doctor import effective_rank, mean_cosine
 from .errors import ConfigError
 from .evaluate import token_verdict
 from .files import read_json, write_json
+from .measurements import effective_rank, mean_cosine
 from .model import NewLLM
 from .phase1 import SEED_SOLVER, LiteralEpoch, measure_convergence, train_residual_literal
 
