@@ -225,9 +225,15 @@ def token_verdict(model: NewLLM, ids: Tensor | None = None) -> Diagnosis:
             convex=cell.separates_gate,
             forget=_at_rows(cell, cell.forget_gates, x),
         )
-        diagnoses.append(diagnose_tokens(subject))
+        diagnoses.append(_of_ids(diagnose_tokens(subject), ids))
     model.train(was_training)
     return worst(diagnoses)
+
+
+def _of_ids(diagnosis: Diagnosis, ids: Tensor) -> Diagnosis:
+    """Let the portraits name token ids, `[N]`, instead of rows."""
+    named = [replace(one, rows=ids[one.rows].tolist()) for one in diagnosis.portraits]
+    return replace(diagnosis, portraits=tuple(named))
 
 
 def _at_rows(
@@ -277,22 +283,19 @@ def sequence_verdict(model: NewLLM, store: TokenStore, *, trained: bool) -> Diag
         before = torch.cat([initial[:, None], contexts[k][:, :-1]], dim=1)[carried_on]
         every = max(1, len(before) // _DIAGNOSED_CONTEXTS)
         chosen_x = x[carried_on][::every]
-        diagnoses.append(
-            diagnose_sequence(
-                SequenceSubject(
-                    contexts=contexts[k][real],
-                    sweeps=swept,
-                    residual=swept.residual[real].max().item(),
-                    lyapunov=exponent,
-                    decay_length=float(small[0]) + 1.0 if len(small) else math.inf,
-                    apply=_at_rows(cell, cell.search_map, chosen_x),
-                    before=before[::every],
-                    convex=cell.separates_gate,
-                    forget=_at_rows(cell, cell.forget_gates, chosen_x),
-                    read_back=_read_back(contexts[k], ids, starts, real),
-                )
-            )
+        subject = SequenceSubject(
+            contexts=contexts[k][real],
+            sweeps=swept,
+            residual=swept.residual[real].max().item(),
+            lyapunov=exponent,
+            decay_length=float(small[0]) + 1.0 if len(small) else math.inf,
+            apply=_at_rows(cell, cell.search_map, chosen_x),
+            before=before[::every],
+            convex=cell.separates_gate,
+            forget=_at_rows(cell, cell.forget_gates, chosen_x),
+            read_back=_read_back(contexts[k], ids, starts, real),
         )
+        diagnoses.append(_of_ids(diagnose_sequence(subject), ids[real]))
     gain, length = memory_gain(model, ids, starts, real)
     model.train(was_training)
     return with_memory(worst(diagnoses), gain_nats=gain, context_length=length, trained=trained)
@@ -363,4 +366,24 @@ def verdict_dict(token: Diagnosis, sequence: Diagnosis | None) -> dict[str, Any]
     return {
         "token": token.to_dict(),
         "sequence": None if sequence is None else sequence.to_dict(),
+    }
+
+
+def portraits(
+    token: Diagnosis, sequence: Diagnosis | None, counts: Tensor
+) -> dict[str, list[dict[str, Any]]]:
+    """Return what a page shows of both scopes, a block each, with how frequent its tokens are.
+
+    Args:
+        token: verdict of the token scope.
+        sequence: that of the sequence scope, where there is one.
+        counts: occurrences of each vocabulary id in the training dialogues, `[V]`.
+    """
+    return {
+        diagnosis.scope: [
+            {**asdict(portrait), "counts": counts[portrait.rows].tolist()}
+            for portrait in diagnosis.portraits
+        ]
+        for diagnosis in (token, sequence)
+        if diagnosis is not None
     }

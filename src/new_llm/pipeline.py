@@ -35,6 +35,7 @@ from .errors import CheckpointError, ConfigError, DataError, GateError
 from .evaluate import (
     evaluate,
     kneser_ney_bigram,
+    portraits,
     sequence_verdict,
     token_verdict,
     verdict_dict,
@@ -213,6 +214,7 @@ class Run:
             if config.model.scope == "sequence":
                 sequence = sequence_verdict(model, prepared.valid, trained=False)
             result["verdict"] = verdict_dict(token, sequence)
+            result["portraits"] = portraits(token, sequence, counts)
             result["weights"] = weights_fingerprint(model)
             save_checkpoint(self.folder.phase1_checkpoint, model, prepared.tokenizer)
         rate = result["convergence"][_SEEDS_METRIC]["convergence_rate"]
@@ -342,10 +344,12 @@ class Run:
                 sequence = None
                 if config.model.scope == "sequence":
                     sequence = sequence_verdict(model, prepared.valid, trained=True)
+                counts = torch.from_numpy(prepared.train.token_counts(model.vocab_size))
                 result |= {
                     "evaluation": evaluation.to_dict(),
                     "bigram_loss": bigram,
                     "verdict": verdict_dict(token, sequence),
+                    "portraits": portraits(token, sequence, counts),
                     "samples": self._samples(loaded),
                 }
         return self._write_result()

@@ -12,7 +12,7 @@ from .config import RunConfig, to_dict
 from .errors import CheckpointError
 from .files import disk_error, read_json, write_json
 
-_STAGES = ("prepare", "phase1", "phase2")
+_STAGES = ("prepare", "phase1", "phase2", "evaluate")
 
 
 @dataclass(frozen=True, kw_only=True)
