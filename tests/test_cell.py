@@ -55,6 +55,23 @@ def test_sequential_is_the_documents_formula() -> None:
     torch.testing.assert_close(cell(context, x), cell.norms[0](mixed))
 
 
+def test_orthogonal_weights_carry_the_token_through_any_depth() -> None:
+    """What the gate is told of the token neither fades nor grows with the layers."""
+    torch.manual_seed(0)
+    x, zero = torch.randn(64, 64), torch.zeros(64, 64)
+    heard = {}
+    for initialisation in ("normal", "torch", "orthogonal"):
+        for num_layers in (1, 8):
+            cell = SequentialCell(
+                64, 64, 64, num_layers=num_layers, initialisation=initialisation
+            ).eval()
+            gates = cell.forget_gates(zero, cell.project(x), cell.weights())
+            heard[initialisation, num_layers] = gates.std(dim=0).mean().item()
+    for initialisation in ("normal", "torch"):
+        assert heard[initialisation, 8] < 0.1 * heard[initialisation, 1]
+    assert 0.5 < heard["orthogonal", 8] / heard["orthogonal", 1] < 2.0
+
+
 def test_seed_initialisation_and_clip() -> None:
     cell = SequentialCell(64, 64, 64, clip=0.01)
     assert abs(cell.hidden[0].weight.std().item() - 0.02) < 0.002  # pyright: ignore
