@@ -7,10 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from new_llm import cli, lab
-from new_llm.console import Console
+from new_llm import cli
 
 SOURCE = Path(__file__).parents[1] / "src" / "new_llm"
 # a module imports only modules that stand before it
@@ -18,7 +16,7 @@ ORDER = [
     "errors", "config", "console", "files", "dialogues", "tokenizer", "data", "cell",
     "fixed_point", "recurrence", "measurements", "doctor", "model", "checkpoint", "evaluate",
     "phase1", "cache", "phase2", "generate", "records", "plots", "report", "pipeline",
-    "lab", "cli", "__main__",
+    "experiments", "lab", "cli", "__main__",
 ]  # fmt: skip
 
 
@@ -70,20 +68,3 @@ def test_public_names_are_there() -> None:
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([command, "--help"]) == 0
     assert command in capsys.readouterr().out
-
-
-def test_lab_agrees_on_the_final_table_and_names_the_collapse(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """A slice of `scaling`: 10 tokens Sequential take 3 iterations, as the documents say."""
-    monkeypatch.setattr(lab, "_SCALING", {"sequential": (3.0,), "layerwise": (2.0,)})
-    quiet = Console(quiet=True)
-    rows = lab.run_lab("scaling", data=None, out=tmp_path, console=quiet)["scaling"]
-    by_name = {row["quantity"]: row for row in rows}
-    assert by_name["sequential, 10 tokens: converged, MSE < 0.01"]["ours_mean"] == 1.0
-    assert by_name["sequential, 10 tokens: iterations"]["agrees"]
-    assert by_name["layerwise, 10 tokens: iterations"]["ours_mean"] == 2.0
-    monkeypatch.setattr(lab, "scaling", None)
-    torch.manual_seed(5)
-    again = lab.run_lab("scaling", data=None, out=tmp_path, console=quiet)["scaling"]
-    assert again == rows
