@@ -110,7 +110,9 @@ class LabOptions:
     data: str | None = None
     """Dialogues, for experiments on real text."""
     out: Path | None = None
-    """Folder that keeps finished experiments, so that the command can be repeated."""
+    """Folder that keeps what is finished, so that the command can be repeated."""
+    workers: int | None = None
+    """Processes of one thread each; none takes one a core."""
     json: Path | None = None
     """Also write the rows here."""
     quiet: bool = False
@@ -301,7 +303,13 @@ def _lab(options: LabOptions) -> None:
 
     _require_file(options.json)
     console = Console(quiet=options.quiet)
-    rows = run_lab(options.name, data=options.data, out=options.out, console=console)
+    rows = run_lab(
+        options.name,
+        data=options.data,
+        out=options.out,
+        console=console,
+        num_workers=options.workers,
+    )
     _write_json(options.json, rows)
 
 

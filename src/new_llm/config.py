@@ -185,6 +185,10 @@ class Phase1Config:
     """Inner iterations a token, `residual`."""
     threshold: float = 0.01
     """Inner iterations stop where the mean squared change is below this, `residual`."""
+    warmup_iterations: int = 0
+    """Inner iterations before the threshold is looked at, `residual`."""
+    residual_loss: Literal["each", "last"] = "each"
+    """`residual`: a step after each inner iteration, or one after the last."""
     max_steps: int | None = 300
     """Most optimiser steps of the batched forms; none is as many as the epochs need."""
     batch_size: int = 256
@@ -217,6 +221,9 @@ class Phase1Config:
         for name in ("learning_rate", "literal_learning_rate", "threshold", "gradient_clip"):
             _require(self, name, 0.0 < getattr(self, name) <= _LARGEST, f"in (0, {_LARGEST:g}]")
         _require(self, "max_iterations", 1 <= self.max_iterations <= 100_000, "in [1, 100000]")
+        warmup = self.warmup_iterations
+        _require(self, "warmup_iterations", 0 <= warmup < self.max_iterations,
+                 "in [0, max_iterations)")  # fmt: skip
         steps = self.max_steps
         _require(self, "max_steps", steps is None or steps >= 1, "at least 1, or none")
         _require(self, "batch_size", self.batch_size >= 2, "at least 2")

@@ -1,57 +1,60 @@
-"""Experiments by name: run once, kept, shown as tables."""
+"""Experiments by name: what `lab` does."""
 
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .config import fingerprint
+from .claims import NEEDED, decide
 from .console import Console
-from .dialogues import ReadReport, read_dialogues
 from .errors import ConfigError
-from .experiments import EXPERIMENTS, experiment_key
-from .files import read_json, write_json
+from .experiments import EXPERIMENTS, Row
+from .laboratory import Laboratory
+
+CLAIMS = "claims"
 
 
 def run_lab(
-    name: str, *, data: str | None, out: Path | None, console: Console
+    name: str,
+    *,
+    data: str | None,
+    out: Path | None,
+    console: Console,
+    num_workers: int | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Run one experiment or all, print their tables and return their rows.
 
     Args:
-        name: of the experiment, or `all`.
-        data: dialogues, for experiments on real text; the ones here use listed ids only.
-        out: folder that keeps finished experiments; they are not run again.
+        name: of the experiment, `claims`, or `all`.
+        data: dialogues, for experiments on real text; None is the default package.
+        out: folder that keeps finished trials; they are not run again.
         console: for progress and tables.
+        num_workers: processes; None takes one a core.
 
     Raises:
         ConfigError: there is no such experiment.
         DataError: the dialogues cannot be read.
     """
-    if name != "all" and name not in EXPERIMENTS:
-        raise ConfigError(f"an experiment is one of {', '.join(EXPERIMENTS)} or all; got {name!r}")
-    if data is not None:
-        # read before hours of work, so that a wrong name is known at once
-        rows = read_dialogues(
-            data, split="test_sft", on_bad_row="skip", max_dialogues=1, report=ReadReport()
-        )
-        next(rows)
-    chosen = list(EXPERIMENTS) if name == "all" else [name]
-    results: dict[str, list[dict[str, Any]]] = {}
-    key = fingerprint([experiment_key(), data])
-    for experiment in chosen:
-        kept = None if out is None else out / f"{experiment}.json"
-        if kept is not None and kept.exists():
-            record = read_json(kept, "the result of an experiment")
-            if record["key"] == key:
-                results[experiment] = record["rows"]
-        if experiment not in results:
-            results[experiment] = [asdict(row) for row in EXPERIMENTS[experiment](console)]
-            if kept is not None:
-                write_json(kept, {"key": key, "rows": results[experiment]})
-        _show(experiment, results[experiment], console)
-    return results
+    if name not in (*EXPERIMENTS, CLAIMS, "all"):
+        known = ", ".join([*EXPERIMENTS, CLAIMS])
+        raise ConfigError(f"an experiment is one of {known} or all; got {name!r}")
+    shown = [*EXPERIMENTS, CLAIMS] if name == "all" else [name]
+    needed = NEEDED if CLAIMS in shown else ()
+    results: dict[str, list[Row]] = {}
+    with Laboratory(data=data, out=out, console=console, num_workers=num_workers) as laboratory:
+        if data is not None:
+            # before hours of work, so that a wrong name is known at once
+            console.say(f"dialogues: {laboratory.text.source}")
+        for experiment, function in EXPERIMENTS.items():
+            if experiment in shown or experiment in needed:
+                results[experiment] = function(laboratory)
+                if experiment in shown:
+                    _show(experiment, results[experiment], console)
+    if CLAIMS in shown:
+        results[CLAIMS] = decide(results)
+        _show(CLAIMS, results[CLAIMS], console)
+    return {experiment: [asdict(row) for row in results[experiment]] for experiment in shown}
 
 
-def _show(name: str, rows: list[dict[str, Any]], console: Console) -> None:
+def _show(name: str, rows: list[Row], console: Console) -> None:
     columns = ["quantity", "documents", "ours", "spread", "agrees", "verdict", "why"]
-    console.table(name, columns, [list(row.values()) for row in rows])
+    console.table(name, columns, [list(asdict(row).values()) for row in rows])

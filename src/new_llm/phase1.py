@@ -6,7 +6,7 @@ does not. Axes: `N` tokens, `E` embedding width, `C` context width.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,8 @@ def train_residual_literal(
     For every position: `context` from zero; up to `max_iterations` times the loss
     `MSE(f(context, x), context)`, clip, Adam step, `context <-` the value computed before the step;
     stop once that loss is under `threshold`. One Adam over the cell's weights for all positions.
+    With `residual_loss` "last" the weights rest while the context is iterated, and one step is
+    taken on the loss of the last iteration.
 
     Args:
         cell: trained in place, with dropout as it is configured.
@@ -71,6 +73,14 @@ def train_residual_literal(
     """
     parameters = list(cell.parameters())
     optimiser = torch.optim.Adam(parameters, lr=config.literal_learning_rate, fused=True)
+
+    def take_step(loss: Tensor) -> float:
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
+        optimiser.step()
+        return loss.item()
+
     cell.train()
     epochs = []
     for _ in range(config.epochs):
@@ -80,25 +90,14 @@ def train_residual_literal(
             with torch.no_grad():
                 embeddings = embed(torch.as_tensor(ids, dtype=torch.long))
             for x in embeddings:
-                context = x.new_zeros(cell.context_width)
-                loss_value = math.inf
-                for _ in range(config.max_iterations):
-                    updated = cell.search_map(context, cell.project(x), cell.weights())
-                    loss = F.mse_loss(updated, context)
-                    optimiser.zero_grad(set_to_none=True)
-                    loss.backward()
-                    torch.nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
-                    optimiser.step()
-                    context, loss_value = updated.detach(), loss.item()
-                    iterations += 1
-                    if loss_value < config.threshold:
-                        converged += 1
-                        break
-                _require_finite(loss_value, "residual loss", visited)
-                total += loss_value
+                value, taken, stopped = _residual_visit(cell, x, config, take_step)
+                _require_finite(value, "residual loss", visited)
+                converged += stopped
+                iterations += taken
+                total += value
                 visited += 1
                 if advance is not None:
-                    advance(1, f"loss {loss_value:.2e}")
+                    advance(1, f"loss {value:.2e}")
         count = max(visited, 1)
         epochs.append(
             LiteralEpoch(
@@ -109,6 +108,34 @@ def train_residual_literal(
             )
         )
     return epochs
+
+
+def _residual_visit(
+    cell: ContextCell, x: Tensor, config: Phase1Config, take_step: Callable[[Tensor], float]
+) -> tuple[float, int, bool]:
+    """Iterate tokens `[..., E]` from zero and train on the way, or once at the end.
+
+    Returns the last mean loss, the inner iterations and whether that loss met the threshold.
+    """
+    context = x.new_zeros(*x.shape[:-1], cell.context_width)
+    each = config.residual_loss == "each"
+    value, iteration, stopped = math.inf, 0, False
+
+    def step_of(context: Tensor) -> tuple[Tensor, Tensor]:
+        updated = cell.search_map(context, cell.project(x), cell.weights())
+        return updated, F.mse_loss(updated, context)
+
+    for iteration in range(1, config.max_iterations + 1):
+        with torch.set_grad_enabled(each):
+            updated, loss = step_of(context)
+        value = take_step(loss) if each else loss.item()
+        stopped = iteration > config.warmup_iterations and value < config.threshold
+        if not each and (stopped or iteration == config.max_iterations):
+            value = take_step(step_of(context)[1])
+        context = updated.detach()
+        if stopped:
+            break
+    return value, iteration, stopped
 
 
 def train_residual(
@@ -124,20 +151,23 @@ def train_residual(
     generator = torch.Generator().manual_seed(seed)
     cell.train()
     step = 0
+
+    def take_step(loss: Tensor) -> float:
+        nonlocal step
+        step += 1
+        return _step(optimiser, cell, loss, config, step - 1)
+
     for epoch in range(config.epochs):
         for rows in torch.randperm(len(x), generator=generator).split(config.batch_size):
-            context = x.new_zeros(len(rows), cell.context_width)
-            value = math.inf
-            for _ in range(config.max_iterations):
-                if config.max_steps is not None and step >= config.max_steps:
+            limited = config
+            if config.max_steps is not None:
+                left = config.max_steps - step
+                if left <= 0:
                     return
-                updated = cell.search_map(context, cell.project(x[rows]), cell.weights())
-                loss = F.mse_loss(updated, context)
-                value = _step(optimiser, cell, loss, config, step)
-                context = updated.detach()
-                step += 1
-                if value < config.threshold:
-                    break
+                if config.residual_loss == "each" and left < config.max_iterations:
+                    warmup = min(config.warmup_iterations, left - 1)
+                    limited = replace(config, max_iterations=left, warmup_iterations=warmup)
+            value = _residual_visit(cell, x[rows], limited, take_step)[0]
             log({"stage": "phase1", "step": step, "epoch": epoch, "loss": value})
             advance(1, f"loss {value:.2e}")
 
