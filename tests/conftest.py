@@ -8,6 +8,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
+from helpers import QUICK, write_dialogues
+from new_llm import cli
+
 torch.set_num_threads(1)
 torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore
 
@@ -24,3 +27,17 @@ def ultrachat() -> Path:
     if not folder or not Path(folder, "train.jsonl").is_file():
         pytest.skip("NEW_LLM_ULTRACHAT names no folder with train.jsonl")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of real chats."""
+    return write_dialogues(tmp_path_factory.mktemp("data") / "chats.jsonl", 24)
+
+
+@pytest.fixture(scope="session")
+def finished(chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run; a test that changes it takes a copy."""
+    out = tmp_path_factory.mktemp("runs") / "a"
+    assert cli.main(["run", "--data", str(chats), "--out", str(out), *QUICK]) == 0
+    return out

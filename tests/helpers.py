@@ -11,6 +11,13 @@ from new_llm.config import ModelConfig, RunConfig, preset
 from new_llm.data import TokenStore
 from new_llm.dialogues import Messages, ReadReport, read_dialogues
 
+QUICK = (
+    "--data.vocab-size 500 --data.sequence-length 32 --data.valid-fraction 0.2 "
+    "--model.context-width 32 --model.embedding-width 32 --model.hidden-width 32 "
+    "--phase2.max-steps 8 --phase2.batch-size 4 --phase2.evaluations 1 --quiet"
+).split()
+"""Options of a run of seconds."""
+
 
 def real_dialogues(count: int) -> list[Messages]:
     """Return the first real chats of the default package."""

@@ -19,6 +19,7 @@ from new_llm.errors import ConfigError, DataError
 from new_llm.experiments import EXPERIMENTS, Row
 from new_llm.laboratory import Laboratory, Text
 from new_llm.phase1 import train_residual_literal
+from new_llm.specimens import KINDS, examine
 
 QUIET = Console(quiet=True)
 TEXT = Text(
@@ -228,6 +229,9 @@ class Imagined(Laboratory):
     def residual_checkpoint(self, *, rules: Any, groups: Any, **given: Any) -> Any:
         return {"searches": [[SEARCH] * len(groups)] * len(rules), "doctor": DOCTOR}
 
+    def specimen(self, *, kind: str, seed: int) -> Any:
+        return {"verdict": KINDS[kind].verdict if seed % 2 else "healthy"}
+
     def repetition(self, *, rules: Any, groups: Any, **given: Any) -> Any:
         searched = self.residual_checkpoint(rules=rules, groups=groups)
         return {**searched, "before": PHRASES, "after": PHRASES}
@@ -238,6 +242,10 @@ def test_every_claim_rests_on_rows_that_the_experiments_make() -> None:
     one.__dict__["text"] = TEXT
     results = {name: function(one) for name, function in EXPERIMENTS.items()}
     assert all(by_name(rows) for rows in results.values())
+    confusion = by_name(results["confusion"])
+    assert len(KINDS) * len(experiments._SPECIMENS) >= 50
+    assert confusion["zero, Convex: named zero_collapse"].why == "2 healthy, 2 zero_collapse"
+    assert confusion["contraction, Convex: named healthy"].agrees
     decided = by_name(claims.decide(results))
     assert {row.verdict for row in decided.values()} == {"true", "false", "contradicted"}
     word = decided["phase1_convergence_fixed.md: If MSE = 0.01 then L2 = 1.6"]
@@ -311,6 +319,11 @@ def test_text_needs_long_dialogues(tmp_path: Path) -> None:
     source.write_text(json.dumps({"messages": turns}) + "\n")
     with pytest.raises(DataError, match=r"20 dialogues of at least 512 tokens expected.* has 0"):
         laboratory.read_text(str(source))
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if not name.startswith("cured")])
+def test_the_doctor_names_models_that_were_made_to_have_a_verdict(name: str) -> None:
+    assert examine(name, seed=11) == KINDS[name].verdict
 
 
 def test_an_unknown_experiment_is_named() -> None:

@@ -12,29 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from helpers import small_run, write_dialogues
+from helpers import QUICK, small_run
 from new_llm import cli
 from new_llm.config import PRESETS, preset
 from new_llm.records import read_history
 from new_llm.report import write_report
-
-QUICK = (
-    "--data.vocab-size 500 --data.sequence-length 32 --data.valid-fraction 0.2 "
-    "--model.context-width 32 --model.embedding-width 32 --model.hidden-width 32 "
-    "--phase2.max-steps 8 --phase2.batch-size 4 --phase2.evaluations 1 --quiet"
-).split()
-
-
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dialogues(tmp_path_factory.mktemp("data") / "chats.jsonl", 24)
-
-
-@pytest.fixture(scope="module")
-def finished(chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "a"
-    assert cli.main(["run", "--data", str(chats), "--out", str(out), *QUICK]) == 0
-    return out
 
 
 def test_a_finished_run_has_what_the_contract_says(finished: Path) -> None:

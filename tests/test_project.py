@@ -16,7 +16,7 @@ ORDER = [
     "errors", "config", "console", "files", "dialogues", "tokenizer", "data", "cell",
     "fixed_point", "recurrence", "measurements", "doctor", "model", "checkpoint", "evaluate",
     "phase1", "cache", "phase2", "generate", "records", "plots", "report", "pipeline",
-    "trials", "laboratory", "experiments", "claims", "lab", "cli", "__main__",
+    "specimens", "trials", "laboratory", "experiments", "claims", "lab", "cli", "__main__",
 ]  # fmt: skip
 
 

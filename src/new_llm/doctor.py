@@ -38,7 +38,7 @@ class Thresholds:
     zero_rms: float = 0.1
     """`zero_collapse` below this root mean square of the delivered contexts."""
     identity_move: float = 0.10
-    """`identity_map`: one step from a random start moves less than this share ..."""
+    """`identity_map`: the second step from a random start moves less than this share ..."""
     identity_swap: float = 0.01
     """... and another token changes the result by less than this share."""
     attractor_cosine: float = 0.9
@@ -257,9 +257,11 @@ def diagnose_tokens(subject: TokenSubject, thresholds: Thresholds = THRESHOLDS) 
 
     generator = torch.Generator().manual_seed(1)
     starts = [torch.randn(delivered.shape, generator=generator).to(delivered) for _ in range(3)]
-    moved = apply(starts[0], all_rows)
-    swapped = apply(starts[0], all_rows.roll(1))
-    move = _relative(moved, starts[0])
+    # the first step may only bring a start into range, as a layer norm does: sqrt(1.5 / C) of it
+    first = apply(starts[0], all_rows)
+    moved = apply(first, all_rows)
+    swapped = apply(first, all_rows.roll(1))
+    move = _relative(moved, first)
     swap = _relative(swapped, moved)
     sheet.note("token_sensitivity", swap)
     is_identity = move < rules.identity_move and swap < rules.identity_swap

@@ -5,14 +5,16 @@ the tokens of real dialogues. A row holds the documents' value, the mean and spr
 whether they agree.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from . import trials
 from .laboratory import CELLS, Laboratory
+from .specimens import KINDS
 from .trials import SEED_RULE, Numbers, Rule
 
 NUM_SEEDS = 3
@@ -607,6 +609,29 @@ def trained_search(lab: Laboratory) -> list[Row]:
     return rows
 
 
+# of each kind, from random seeds that no threshold was chosen by
+_SPECIMENS = range(1000, 1004)
+
+
+def confusion(lab: Laboratory) -> list[Row]:
+    """Ask the doctor about models drawn at random whose verdict is known: our own experiment."""
+    given = [{"kind": kind, "seed": seed} for kind in KINDS for seed in _SPECIMENS]
+    found = lab.run("confusion", trials.specimen, given)
+    rows = []
+    for number, (name, kind) in enumerate(KINDS.items()):
+        several = found[number * len(_SPECIMENS) : (number + 1) * len(_SPECIMENS)]
+        named = Counter(one["verdict"] for one in several)
+        right = [float(one["verdict"] == kind.verdict) for one in several]
+        rows.append(
+            replace(
+                _row(f"{name}: named {kind.verdict}", right, verdict=named.most_common(1)[0][0]),
+                agrees=all(right),
+                why=", ".join(f"{count} {verdict}" for verdict, count in named.most_common()),
+            )
+        )
+    return rows
+
+
 EXPERIMENTS: dict[str, Callable[[Laboratory], list[Row]]] = {
     "untrained": untrained,
     "trained-small": trained_small,
@@ -621,4 +646,5 @@ EXPERIMENTS: dict[str, Callable[[Laboratory], list[Row]]] = {
     "sweep": sweep,
     "repetition": repetition,
     "trained-search": trained_search,
+    "confusion": confusion,
 }

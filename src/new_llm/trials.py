@@ -27,6 +27,7 @@ from .measurements import effective_rank, mean_cosine
 from .model import NewLLM
 from .phase1 import SEED_SOLVER, train_repetition, train_residual_literal
 from .recurrence import scan
+from .specimens import examine
 
 # GPT-2's vocabulary and two role tokens: what the documents' token ids speak of
 SEED_VOCAB_SIZE = 50_259
@@ -251,6 +252,11 @@ def residual_checkpoint(
         "searches": [[_searched(model, [group], rule) for group in groups] for rule in rules],
         "doctor": _judged(model, [ids]) if judged else None,
     }
+
+
+def specimen(*, kind: str, seed: int) -> Numbers:
+    """Ask the doctor about a model whose verdict is known."""
+    return {"verdict": examine(kind, seed)}
 
 
 def _through_checkpoint(model: NewLLM, config: RunConfig) -> NewLLM:
