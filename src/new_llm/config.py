@@ -73,7 +73,7 @@ class ModelConfig:
     """Dropout after each hidden layer of a seed cell."""
     clip: float | None = None
     """Clamp contexts of a seed cell to [-clip, clip]; only the clipping experiment uses it."""
-    initialisation: Literal["normal", "torch", "orthogonal"] = "normal"
+    initialisation: Literal["normal", "torch", "orthogonal"] = "orthogonal"
     """Seed cells: N(0, 0.02) with zero biases (the seeds), PyTorch's default, or orthogonal."""
     activation: Literal["silu", "gelu", "tanh"] = "silu"
     """Smooth activation of ConvexCell, of known Lipschitz constant."""
@@ -179,6 +179,8 @@ class Phase1Config:
     """Dialogues that `residual` first visits token by token, as the seeds did."""
     learning_rate: float = 1e-3
     """Step size of Adam, batched forms."""
+    final_learning_rate: float = 0.05
+    """`contractive`: share of the learning rate that the cosine ends at."""
     literal_learning_rate: float = 1e-4
     """Step size of Adam, literal loop."""
     max_iterations: int = 50
@@ -220,6 +222,7 @@ class Phase1Config:
         _require(self, "literal_dialogues", self.literal_dialogues >= 0, "at least 0")
         for name in ("learning_rate", "literal_learning_rate", "threshold", "gradient_clip"):
             _require(self, name, 0.0 < getattr(self, name) <= _LARGEST, f"in (0, {_LARGEST:g}]")
+        _require(self, "final_learning_rate", 0.0 <= self.final_learning_rate <= 1.0, "in [0, 1]")
         _require(self, "max_iterations", 1 <= self.max_iterations <= 100_000, "in [1, 100000]")
         warmup = self.warmup_iterations
         _require(self, "warmup_iterations", 0 <= warmup < self.max_iterations,
@@ -401,7 +404,13 @@ def _seed_preset(name: str, cell: CellName) -> RunConfig:
     return RunConfig(
         preset=name,
         model=ModelConfig(
-            cell=cell, scope="token", num_blocks=1, num_layers=2, mlp_width=0, dropout=0.1
+            cell=cell,
+            scope="token",
+            num_blocks=1,
+            num_layers=2,
+            mlp_width=0,
+            dropout=0.1,
+            initialisation="normal",
         ),
         data=DataConfig(tokenizer="gpt2"),
         solver=SolverConfig(metric="mse", tolerance=0.01, max_iterations=50),

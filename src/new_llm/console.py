@@ -20,6 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 
+_FILE_COLUMNS = 140
+
+
 class Advance(Protocol):
     """Moves a progress bar and says how things stand."""
 
@@ -63,6 +66,9 @@ class Console:
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
         self._rich = _Terminal(highlight=False, soft_wrap=True)
+        if not self._rich.is_terminal and "COLUMNS" not in os.environ:
+            # a file or a pipe is as wide as a table needs
+            self._rich.width = _FILE_COLUMNS
 
     @contextmanager
     def track(self, description: str, total: float | None) -> Iterator[Advance]:
@@ -99,7 +105,8 @@ class Console:
         """Print a table of the result."""
         table = Table(title=title, title_justify="left")
         for number, name in enumerate(columns):
-            table.add_column(name, justify="left" if number == 0 else "right")
+            first = number == 0
+            table.add_column(name, justify="left" if first else "right", no_wrap=not first)
         for row in rows:
             table.add_row(*(format_cell(value) for value in row))
         self._rich.print(table)

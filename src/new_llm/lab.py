@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .claims import NEEDED, decide
-from .console import Console
+from .console import Console, format_cell
 from .errors import ConfigError
 from .experiments import EXPERIMENTS, Row
 from .laboratory import Laboratory
@@ -56,5 +56,14 @@ def run_lab(
 
 
 def _show(name: str, rows: list[Row], console: Console) -> None:
-    columns = ["quantity", "documents", "ours", "spread", "agrees", "verdict", "why"]
-    console.table(name, columns, [list(asdict(row).values()) for row in rows])
+    columns = ["quantity", "documents", "ours", "agrees", "verdict"]
+    console.table(name, columns, [_cells(row) for row in rows])
+
+
+def _cells(row: Row) -> list[object]:
+    ours = format_cell(row.ours_mean)
+    if row.ours_std is not None:
+        ours += f" ± {format_cell(row.ours_std)}"
+    # beneath, since a sentence in a column of its own leaves no room for any
+    quantity = f"{row.quantity}\n  {row.why}" if row.why else row.quantity
+    return [quantity, row.seed_value, ours, row.agrees, row.verdict]

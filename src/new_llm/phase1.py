@@ -213,6 +213,10 @@ def train_contractive(
     generator = torch.Generator().manual_seed(seed)
     cell.train()
     total = _num_steps(len(x), config)
+    # the last steps are small: a step of full size leaves some tokens of a deep cell unsettled
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimiser, total, eta_min=config.final_learning_rate * config.learning_rate
+    )
     size = 0.5 if cell.separates_gate else 1.0  # tanh reaches 1, a layer norm has RMS 1
     for step in range(total):
         rows = torch.randint(len(x), (config.batch_size,), generator=generator)
@@ -250,6 +254,7 @@ def train_contractive(
         if step >= config.spread_steps:
             loss = loss + config.hinge_weight * hinge + config.residual_weight * residual
         value = _step(optimiser, cell, loss, config, step)
+        schedule.step()
         log(
             {
                 "stage": "phase1",

@@ -100,7 +100,8 @@ def _inlined(svg: str, prefix: str) -> str:
     svg = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{prefix}-", svg)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     # black follows the reader's light or dark scheme
-    svg = svg.replace("#000000", "currentColor").replace("<text ", '<text fill="currentColor" ')
+    svg = svg.replace("#000000", "currentColor")
+    svg = re.sub(r"<text\b", '<text fill="currentColor"', svg)
     return re.sub(r'font-family:[^;"]*|font: ([\d.]+px) [^;"]*', _font, svg)
 
 
