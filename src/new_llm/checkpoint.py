@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .cell import ConvexCell
+from .cell import ContextCell, ConvexCell, Weights
 from .config import ModelConfig, SolverConfig, fingerprint, from_dict, to_dict
 from .data import ChatTokenizer
 from .errors import CheckpointError, ConfigError
 from .files import atomic_folder, disk_error, read_json, recover_folder, sha256, write_json
+from .measurements import pair_ratios, upper_factor
 from .model import NewLLM
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WEIGHTS = "model.safetensors"
-# relative difference of q2 computed again from the same weights, on another machine
-_SAME_COUPLING = 1e-3
+# relative difference of a number computed again from the same weights, on another machine
+_SAME = {"q2": 1e-3, "q_inf": 1e-3, "rate": 1e-2}
+# few iterations: a cell that expands would carry one machine's rounding into the rate
+_RATED_ITERATIONS = 8
+_RATED_IDS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +76,40 @@ def save_checkpoint(folder: Path, model: NewLLM, tokenizer: ChatTokenizer) -> No
                 "solver": to_dict(model.solver),
                 "tokenizer": tokenizer.fingerprint,
                 "weights_sha256": sha256(part / WEIGHTS),
-                "coupling": couplings(model),
+                "contraction": contraction(model),
             },
         )
 
 
-def couplings(model: NewLLM) -> list[dict[str, float]]:
-    """Return `q2` and `q_inf` of each ConvexCell, by full decomposition."""
-    return [cell.coupling() for cell in model.cells() if isinstance(cell, ConvexCell)]
+@torch.no_grad()
+def contraction(model: NewLLM) -> list[dict[str, float]]:
+    """Return what is proved and what is measured of the contraction of each block's cell.
+
+    `q2` and `q_inf` bound ConvexCell's factor whatever the tokens are, by full decomposition;
+    `rate` is the 99th percentile of pair ratios of any cell, on tokens from all of the vocabulary
+    and the contexts that a few iterations from zero reach.
+    """
+    was_training = model.training
+    model.eval()
+    ids = torch.linspace(0, model.vocab_size - 1, min(_RATED_IDS, model.vocab_size)).long()
+    inputs = model.search(ids.to(model.embedding.weight.device)).inputs
+    found = []
+    for cell, x in zip(model.cells(), inputs, strict=True):
+        projected, weights = cell.project(x), cell.weights()
+        context = x.new_zeros(len(x), cell.context_width)
+        for _ in range(_RATED_ITERATIONS):
+            context = cell.search_map(context, projected, weights)
+        apply = partial(_search_map, cell, projected, weights)
+        proved = cell.coupling() if isinstance(cell, ConvexCell) else {}
+        found.append({**proved, "rate": upper_factor(pair_ratios(apply, context))})
+    model.train(was_training)
+    return found
+
+
+def _search_map(
+    cell: ContextCell, projected: Tensor, weights: Weights, context: Tensor, rows: Tensor
+) -> Tensor:
+    return cell.search_map(context, projected[rows], weights)
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
@@ -161,7 +192,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
 
     Raises:
         CheckpointError: a file is missing, truncated, changed or of another format; the tokenizer
-            does not fit the model; the coupling is not the one that was written.
+            does not fit the model; its contraction is not what was written.
     """
     path = resolve(Path(folder))
     config = read_json(path / "config.json", "a checkpoint's config")
@@ -193,13 +224,28 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         model = NewLLM(model_config, config["vocab_size"], solver)
     load_weights(weights, model)
     model.eval()
-    for now, then in zip(couplings(model), config["coupling"], strict=True):
-        if abs(now["q2"] - then["q2"]) > _SAME_COUPLING * max(then["q2"], 1e-6):
-            raise CheckpointError(
-                f"coupling q2 of {then['q2']:.4f} is written in {path}, its weights have "
-                f"{now['q2']:.4f}; the checkpoint was changed, train or copy it again"
-            )
+    _check_contraction(path, contraction(model), config.get("contraction"))
     return Checkpoint(model=model, tokenizer=tokenizer, config=config)
+
+
+def _check_contraction(path: Path, found: list[dict[str, float]], written: Any) -> None:
+    """Compare what the weights have with what was written of them."""
+    names = [{(name, float) for name in block} for block in found]
+    if not isinstance(written, list) or names != [
+        {(name, type(value)) for name, value in block.items()} if isinstance(block, dict) else None
+        for block in written
+    ]:
+        raise CheckpointError(
+            f"{path / 'config.json'} must hold q2, q_inf and rate of each block as `contraction`, "
+            "but does not; load it with the version that wrote it"
+        )
+    for k, (now, then) in enumerate(zip(found, written, strict=True)):
+        for name, value in now.items():
+            if not abs(value - then[name]) <= _SAME[name] * max(abs(value), 1e-6):
+                raise CheckpointError(
+                    f"{name} of {then[name]:.4f} is written in {path} for block {k + 1}, its "
+                    f"weights have {value:.4f}; the checkpoint was changed, train or copy it again"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

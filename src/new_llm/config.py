@@ -201,8 +201,8 @@ class Phase1Config:
     """`contractive`: ratio of context pairs above which the hinge pulls."""
     spread_steps: int = 0
     """`contractive`: first steps that train the spread of contexts only, without the hinge."""
-    visited_iterations: int = 8
-    """`contractive`: iterations whose contexts are visited in a step."""
+    visited_iterations: int = 24
+    """`contractive`: most iterations before the contexts of a step; each step draws its number."""
     hinge_weight: float = 10.0
     """`contractive`: weight of the hinge on ratios of context pairs."""
     residual_weight: float = 1.0

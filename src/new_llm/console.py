@@ -19,7 +19,6 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-
 _FILE_COLUMNS = 140
 
 

@@ -23,6 +23,7 @@ from .measurements import (
     relative_spread,
     spectral_radius,
     time_scales,
+    upper_factor,
 )
 from .recurrence import Swept
 
@@ -36,7 +37,7 @@ class Thresholds:
     """What the verdicts rest on; changed here only, with the evidence in docs/LOG.md."""
 
     zero_rms: float = 0.1
-    """`zero_collapse` below this root mean square of the delivered contexts."""
+    """`zero_collapse` below this root mean square of a delivered context, median of tokens."""
     identity_move: float = 0.10
     """`identity_map`: the second step from a random start moves less than this share ..."""
     identity_swap: float = 0.01
@@ -192,7 +193,8 @@ class _Sheet:
             self.held.add(verdict)
 
     def judge_size(self, contexts: Tensor) -> None:
-        rms, least = contexts.square().mean().sqrt().item(), self.rules.zero_rms
+        # the median: a third of the tokens with contexts would hide that the others have none
+        rms, least = contexts.square().mean(dim=-1).sqrt().median().item(), self.rules.zero_rms
         self.judge("rms", rms, f">= {least}", rms >= least, "zero_collapse")
 
     def judge_spread(self, cosine: float, spread: float) -> None:
@@ -236,6 +238,8 @@ class TokenSubject:
     """Whether the cell separates its gate, so that its coupling can be judged."""
     forget: Map | None = None
     """Forget gates, `(context [M, C], rows [M])` to `[M, gates, C]`, where the cell has some."""
+    proved: Mapping[str, float] = field(default_factory=dict)
+    """Bounds of the factor that hold for any tokens, by name, where the cell has some."""
 
 
 @torch.no_grad()
@@ -272,10 +276,12 @@ def diagnose_tokens(subject: TokenSubject, thresholds: Thresholds = THRESHOLDS) 
     spread = min(relative_spread(delivered), relative_spread(contexts))
     sheet.judge_spread(cosine, spread)
 
-    ratios = pair_ratios(apply, contexts).sort().values
-    factor = ratios[int(0.99 * (len(ratios) - 1))].item()
+    ratios = pair_ratios(apply, contexts)
+    factor = upper_factor(ratios)
     sheet.judge("factor_p99", factor, f"< {rules.factor}", factor < rules.factor, "expanding")
     sheet.note("factor_median", ratios.median().item())
+    for name, bound in subject.proved.items():
+        sheet.note(name, bound)
     singular = largest_singular_value(apply, contexts[:_JACOBIANS])
     sheet.note("jacobian_norm", singular.mean().item())
     sheet.note("spectral_radius", spectral_radius(apply, contexts[:_JACOBIANS]).mean().item())
@@ -349,8 +355,8 @@ def diagnose_sequence(subject: SequenceSubject, thresholds: Thresholds = THRESHO
     sheet.note("decay_length", subject.decay_length)
     sheet.judge_rank([contexts])
     sheet.note("cosine", cosine)
-    ratios = pair_ratios(subject.apply, subject.before).sort().values
-    sheet.note("factor_p99", ratios[int(0.99 * (len(ratios) - 1))].item())
+    ratios = pair_ratios(subject.apply, subject.before)
+    sheet.note("factor_p99", upper_factor(ratios))
     singular = largest_singular_value(subject.apply, subject.before[:_JACOBIANS])
     sheet.note("jacobian_norm", singular.mean().item())
     if subject.convex:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cell import ContextCell, Weights
+from .cell import ContextCell, ConvexCell, Weights
 from .config import SolverConfig
 from .console import Advance
 from .data import SegmentStream, TokenStore, held_out_ids
@@ -224,6 +224,7 @@ def token_verdict(model: NewLLM, ids: Tensor | None = None) -> Diagnosis:
             settle=lambda start, cell=cell, x=x: solve_tokens(cell, x, start, deep),
             convex=cell.separates_gate,
             forget=_at_rows(cell, cell.forget_gates, x),
+            proved=cell.coupling() if isinstance(cell, ConvexCell) else {},
         )
         diagnoses.append(_of_ids(diagnose_tokens(subject), ids))
     model.train(was_training)

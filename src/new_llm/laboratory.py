@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from . import __version__, trials
-from .config import fingerprint, to_dict
+from .config import PRESETS, fingerprint, to_dict
 from .console import Console
 from .dialogues import Messages, ReadReport, read_dialogues
 from .errors import DataError, StoppedError
 from .files import read_json, write_json
 from .tokenizer import ChatTokenizer
-from .trials import SEED_RULE, Numbers, seed_config
+from .trials import SEED_RULE, Numbers
 
 CELLS = ("sequential", "layerwise")
 TEXT_LENGTH = 512
@@ -151,7 +151,7 @@ class Laboratory:
 
 def _key(trial: Callable[..., Numbers], arguments: dict[str, Any]) -> str:
     """Return what decides a trial's numbers."""
-    configs = [to_dict(seed_config(cell)) for cell in CELLS]
+    configs = [to_dict(make()) for make in PRESETS.values()]
     return fingerprint([__version__, trial.__name__, arguments, configs, SEED_RULE])
 
 

@@ -176,6 +176,15 @@ def pair_ratios(apply: Map, contexts: Tensor, *, seed: int = 0) -> Tensor:
     return torch.cat(ratios)
 
 
+def upper_factor(ratios: Tensor) -> float:
+    """Return the 99th percentile of ratios `[N]`: what nearly all pairs shrink by at least.
+
+    >>> upper_factor(torch.linspace(0.0, 1.0, 101))
+    0.9900000095367432
+    """
+    return ratios.sort().values[int(0.99 * (len(ratios) - 1))].item()
+
+
 @torch.no_grad()
 def lyapunov_exponent(
     step: Callable[[Tensor, int], Tensor], initial: Tensor, counted: Tensor

@@ -226,9 +226,11 @@ def train_contractive(
             shape = (config.batch_size, cell.context_width)
             return torch.randn(shape, generator=generator).to(x)
 
+        # where tokens end, and the way there: always the same number would leave the rest unseen
+        visited = int(torch.randint(1, config.visited_iterations + 1, (), generator=generator))
         context, other = torch.zeros_like(draw()), size * draw()
         with torch.no_grad():
-            for _ in range(config.visited_iterations):
+            for _ in range(visited):
                 context = cell.search_map(context, projected, weights)
                 other = cell.search_map(other, projected, weights)
         # what is left between two runs lies along the direction that shrinks least

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from .checkpoint import load_weights, save_weights
 from .config import RunConfig, SolverConfig, preset
+from .console import Console
 from .data import held_out_ids
 from .doctor import Diagnosis
 from .evaluate import token_verdict
 from .measurements import effective_rank, mean_cosine
 from .model import NewLLM
-from .phase1 import SEED_SOLVER, train_repetition, train_residual_literal
+from .phase1 import SEED_SOLVER, train, train_repetition, train_residual_literal
 from .recurrence import scan
 from .specimens import examine
 
@@ -251,6 +252,29 @@ def residual_checkpoint(
     return {
         "searches": [[_searched(model, [group], rule) for group in groups] for rule in rules],
         "doctor": _judged(model, [ids]) if judged else None,
+    }
+
+
+def cured(
+    *, cell: str, width: int, layers: int, seed: int, model: Numbers, phase1: Numbers
+) -> Numbers:
+    """Train Phase 1 as our own presets do, in token scope; ask the doctor about held-out ids."""
+    own = preset("convex" if cell == "convex" else "layerwise")
+    shape = {"cell": cell, "scope": "token", "num_blocks": 1, "num_layers": layers, "mlp_width": 0}
+    widths = dict.fromkeys(("context_width", "embedding_width", "hidden_width"), width)
+    config = replace(own.phase1, **phase1)
+    torch.manual_seed(seed)
+    trained = NewLLM(replace(own.model, **{**shape, **widths, **model}), own.data.vocab_size)
+    held_out = held_out_ids(trained.vocab_size, width)
+    ids = torch.from_numpy(np.setdiff1d(np.arange(trained.vocab_size), held_out))
+    begun = time.perf_counter()
+    train(trained, ids, [], config, seed=seed, console=Console(quiet=True), log=lambda row: None)
+    seconds = time.perf_counter() - begun
+    diagnosis = token_verdict(trained)
+    return {
+        "verdict": diagnosis.verdict,
+        "seconds": seconds,
+        **{name: row["value"] for name, row in diagnosis.to_dict()["measurements"].items()},
     }
 
 
