@@ -48,6 +48,14 @@ def test_zero() -> None:
     assert verdict(lambda c, rows: 0.1 * c + 1e-3 * PLACES[rows]) == "zero_collapse"
 
 
+def test_zero_for_most_tokens_is_zero() -> None:
+    # the others are long enough to hide them in the mean square of all
+    kept = (torch.arange(N) % 3 == 0).float()[:, None]
+    assert verdict(lambda c, rows: 0.1 * c + kept[rows] * PLACES[rows]) == "zero_collapse"
+    kept = (torch.arange(N) % 3 != 0).float()[:, None]
+    assert verdict(lambda c, rows: 0.1 * c + kept[rows] * PLACES[rows]) == "healthy"
+
+
 def test_identity() -> None:
     # what it gives from zero is not zero, so that only the map itself betrays it
     def update(context: Tensor, rows: Tensor) -> Tensor:

@@ -529,6 +529,29 @@ def test_bad_rows_may_be_skipped_wherever_data_is_read(
     assert cli.main(["evaluate", str(finished), "--data", str(bad), *advice.split()]) == 0
 
 
+@pytest.mark.parametrize(
+    "written", [{"q2": 0.5}, {"q_inf": 0.1}, {"rate": 0.01}, {"rate": "x"}, None]
+)
+def test_a_checkpoint_of_another_contraction_is_refused(
+    written: dict[str, float] | None,
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = shutil.copytree(finished / "checkpoint", tmp_path / "c")
+    config = json.loads((folder / "config.json").read_text())
+    found = config["contraction"]
+    assert all(block["q2"] < 1 and 0 < block["rate"] <= block["q2"] for block in found)
+    config["contraction"] = None if written is None else [{**found[0], **written}, *found[1:]]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert cli.main(["generate", str(folder), "--prompt", "x"]) == 2
+    error = capsys.readouterr().err
+    wrong = "must hold q2, q_inf and rate"
+    if written is not None and "x" not in written.values():
+        wrong = f"{next(iter(written))} of"
+    assert wrong in error
+
+
 def test_a_config_of_wrong_types_is_a_damaged_checkpoint(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

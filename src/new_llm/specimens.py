@@ -109,6 +109,8 @@ def _few_directions(draw: Draw) -> None:
     basis = torch.linalg.qr(draw.normal(width, rank))[0]
     cell.to_delta.weight.copy_(basis @ (basis.T @ cell.to_delta.weight))
     cell.to_delta.weight.mul_(draw.uniform(0.8, 1.2))
+    # few directions carry little: larger tokens, or they would be next to zero
+    cell.from_token.weight.mul_(3.0)
 
 
 def _decoupled(draw: Draw) -> None:
