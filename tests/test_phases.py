@@ -196,7 +196,7 @@ def train(
             phase2.Phase2Data(**(given | data)),
             config,
             seed=0,
-            contraction_target=0.7,
+            phase1=Phase1Config(contraction_target=0.7),
             folder=folder,
             console=QUIET,
             log=log,
@@ -233,7 +233,7 @@ def test_bfloat16_is_for_large_products_only(cell: str, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_training_ends_with_the_same_bits(tmp_path: Path) -> None:
-    config = replace(SMALL, pair_hinge=0.5)
+    config = replace(SMALL, pair_hinge=0.5, spread=0.5)
     torch.manual_seed(3)
     whole = make("layerwise", dropout=0.1)
     broken = make("layerwise", dropout=0.1)

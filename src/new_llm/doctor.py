@@ -240,6 +240,8 @@ class TokenSubject:
     """Forget gates, `(context [M, C], rows [M])` to `[M, gates, C]`, where the cell has some."""
     proved: Mapping[str, float] = field(default_factory=dict)
     """Bounds of the factor that hold for any tokens, by name, where the cell has some."""
+    population: int | None = None
+    """How many tokens the N were drawn from; none where the N are all there are."""
 
 
 @torch.no_grad()
@@ -248,6 +250,8 @@ def diagnose_tokens(subject: TokenSubject, thresholds: Thresholds = THRESHOLDS) 
     delivered, apply = subject.delivered, subject.apply
     rules, all_rows = thresholds, _rows(delivered)
     sheet = _Sheet(rules)
+    sheet.note("tokens", len(delivered))
+    sheet.note("tokens_drawn_from", subject.population or len(delivered))
     if not torch.isfinite(delivered).all():
         sheet.judge("finite", 0.0, "1", False, "non_finite")
         return sheet.conclude("token")

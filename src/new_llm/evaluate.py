@@ -200,12 +200,18 @@ def _pairs(store: TokenStore, vocab_size: int) -> np.ndarray:
 
 @torch.no_grad()
 def token_verdict(model: NewLLM, ids: Tensor | None = None) -> Diagnosis:
-    """Judge the fixed points of held-out token ids, every block apart; the worst one counts."""
+    """Judge the fixed points of held-out token ids, every block apart; the worst one counts.
+
+    Without `ids` 4C of those that Phase 1 never trains on, evenly over the vocabulary: the work
+    does not grow with it. How many there are to choose from stands among the measurements.
+    """
     was_training = model.training
     model.eval()
+    population = None
     if ids is None:
         width = model.config.context_width
         held_out = held_out_ids(model.vocab_size, width)
+        population = len(held_out)
         # evenly over the vocabulary: low ids are frequent tokens in most tokenizers
         places = np.linspace(0, len(held_out) - 1, min(DIAGNOSED_WIDTHS * width, len(held_out)))
         ids = torch.from_numpy(held_out[places.astype(int)])
@@ -225,6 +231,7 @@ def token_verdict(model: NewLLM, ids: Tensor | None = None) -> Diagnosis:
             convex=cell.separates_gate,
             forget=_at_rows(cell, cell.forget_gates, x),
             proved=cell.coupling() if isinstance(cell, ConvexCell) else {},
+            population=population,
         )
         diagnoses.append(_of_ids(diagnose_tokens(subject), ids))
     model.train(was_training)

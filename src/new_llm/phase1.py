@@ -217,7 +217,7 @@ def train_contractive(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
         optimiser, total, eta_min=config.final_learning_rate * config.learning_rate
     )
-    size = 0.5 if cell.separates_gate else 1.0  # tanh reaches 1, a layer norm has RMS 1
+    size = _context_size(cell)
     for step in range(total):
         rows = torch.randint(len(x), (config.batch_size,), generator=generator)
         projected, weights = cell.project(x[rows]), cell.weights()
@@ -290,6 +290,10 @@ def spread_terms(contexts: Tensor, size: float) -> tuple[Tensor, Tensor]:
     return F.relu(1.0 - deviation).mean() + offset, off_diagonal.square().sum() / contexts.shape[-1]
 
 
+def _context_size(cell: ContextCell) -> float:
+    return 0.5 if cell.separates_gate else 1.0  # tanh reaches 1, a layer norm has RMS 1
+
+
 def _ratio(moved: Tensor, other_moved: Tensor, context: Tensor, other: Tensor) -> Tensor:
     apart = (context - other).norm(dim=-1).clamp(min=1e-6)
     return (moved - other_moved).norm(dim=-1) / apart
@@ -307,6 +311,18 @@ def pair_hinge(cell: ContextCell, x: Tensor, contexts: Tensor, target: float) ->
         torch.cat([context, near]), projected.repeat(2, 1), weights
     ).chunk(2)
     return F.relu(_ratio(moved, other, context, near) - target).square().mean()
+
+
+def spread_loss(cell: ContextCell, x: Tensor, contexts: Tensor, config: Phase1Config) -> Tensor:
+    """Return the weighted spread terms one step after given contexts, for training that must keep
+    tokens apart.
+
+    Inputs `[N, E]` of different tokens and the contexts `[N, C]` that those settle at; the gradient
+    is that of the one step.
+    """
+    moved = cell.search_map(contexts.detach(), cell.project(x), cell.weights())
+    variance, covariance = spread_terms(moved, _context_size(cell))
+    return config.variance_weight * variance + config.covariance_weight * covariance
 
 
 def _num_steps(num_tokens: int, config: Phase1Config) -> int:

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from .cache import ContextCache
 from .checkpoint import TrainingState, load_training_state, save_training_state
-from .config import Phase2Config
+from .config import Phase1Config, Phase2Config
 from .console import Console
-from .data import Segment, SegmentStream, TokenStore
+from .data import Segment, SegmentStream, TokenStore, held_out_ids
 from .errors import NonFiniteError
 from .evaluate import Evaluation, evaluate, head
 from .model import NewLLM, token_losses
-from .phase1 import pair_hinge
+from .phase1 import pair_hinge, spread_loss
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -35,6 +35,8 @@ Log = Callable[[dict[str, Any]], None]
 _SMOOTH = 0.95
 # steps between two rows of the history
 _LOG_EVERY = 10
+# distinct tokens whose spread is looked at in a step
+_SPREAD_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,12 +133,14 @@ def train(
     config: Phase2Config,
     *,
     seed: int,
-    contraction_target: float,
+    phase1: Phase1Config,
     folder: Path,
     console: Console,
     log: Log,
 ) -> Phase2Result:
     """Train the model in place; resumes from `folder` where an earlier call was interrupted.
+
+    What `config` keeps of Phase 1, the hinge and the spread, has the targets and weights of `phase1`.
 
     Raises:
         NonFiniteError: the loss became NaN or infinite; the message names the step.
@@ -151,7 +155,7 @@ def train(
         step, tokens_seen = state.values["step"], state.values["tokens_seen"]
         drift = state.values["drift"]
         context = state.tensors["context"].to(context.device)
-    trainer = _Trainer(model, data, config, optimiser, contraction_target, context)
+    trainer = _Trainer(model, data, config, phase1, optimiser, context, seed)
     trainer.restore_rows(state)
 
     def save() -> None:
@@ -230,14 +234,18 @@ class _Trainer:
         model: NewLLM,
         data: Phase2Data,
         config: Phase2Config,
+        phase1: Phase1Config,
         optimiser: torch.optim.Optimizer,
-        contraction_target: float,
         context: Tensor,
+        seed: int,
     ) -> None:
         self.model = model
         self.config = config
+        self.phase1 = phase1
         self.optimiser = optimiser
-        self.contraction_target = contraction_target
+        self.seed = seed
+        held_out = held_out_ids(model.vocab_size, model.config.context_width)
+        self.spread_ids = np.setdiff1d(np.arange(model.vocab_size), held_out)
         self.context = context
         self.cache = data.cache
         self.rows: Tensor | None = None
@@ -317,6 +325,8 @@ class _Trainer:
         loss = scored.loss
         if config.pair_hinge and not config.freeze_context:
             loss = loss + config.pair_hinge * self._hinge(ids, real)
+        if config.spread and not config.freeze_context:
+            loss = loss + config.spread * self._spread(step)
         self.optimiser.zero_grad(set_to_none=True)
         if scored.loss.requires_grad:
             loss.backward()
@@ -341,4 +351,18 @@ class _Trainer:
             return self.context.new_zeros(())
         x = self.model.embed(ids[:, -1][chosen])
         block = self.model.cells()[0]
-        return pair_hinge(block, x, self.context[chosen, 0], self.contraction_target)
+        return pair_hinge(block, x, self.context[chosen, 0], self.phase1.contraction_target)
+
+    def _spread(self, step: int) -> Tensor:
+        """Keep the fixed points of single tokens apart, at a sample drawn for this step."""
+        drawn = np.random.default_rng((self.seed, step)).choice(
+            self.spread_ids, min(_SPREAD_TOKENS, len(self.spread_ids)), replace=False
+        )
+        self.model.eval()
+        found = self.model.search(torch.from_numpy(drawn).to(self.context.device))
+        self.model.train()
+        terms = [
+            spread_loss(cell, found.inputs[k], found.contexts[:, k], self.phase1)
+            for k, cell in enumerate(self.model.cells())
+        ]
+        return torch.stack(terms).mean()

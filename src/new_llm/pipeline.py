@@ -309,7 +309,7 @@ class Run:
                 ),
                 config.phase2,
                 seed=config.seed,
-                contraction_target=config.phase1.contraction_target,
+                phase1=config.phase1,
                 folder=self.folder.training,
                 console=self.console,
                 log=self._log,
