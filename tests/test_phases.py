@@ -12,6 +12,7 @@ from new_llm import cache, phase1, phase2
 from new_llm.cell import LayerwiseCell
 from new_llm.config import Phase1Config, Phase2Config, SolverConfig
 from new_llm.console import Console
+from new_llm.data import held_out_ids
 from new_llm.errors import DamagedCacheError, NonFiniteError, StaleCacheError
 from new_llm.evaluate import sequence_verdict, token_verdict
 from new_llm.model import NewLLM
@@ -233,7 +234,7 @@ def test_bfloat16_is_for_large_products_only(cell: str, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_training_ends_with_the_same_bits(tmp_path: Path) -> None:
-    config = replace(SMALL, pair_hinge=0.5, spread=0.5)
+    config = replace(SMALL, pair_hinge=0.5, contractive=0.5)
     torch.manual_seed(3)
     whole = make("layerwise", dropout=0.1)
     broken = make("layerwise", dropout=0.1)
@@ -247,6 +248,19 @@ def test_an_interrupted_training_ends_with_the_same_bits(tmp_path: Path) -> None
     assert result == again
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_what_is_kept_of_phase1_keeps_tokens_settled_and_apart(tmp_path: Path) -> None:
+    """Judged on ids that the kept objective never draws."""
+    lost = []
+    for weight in (0.0, 1.0):
+        torch.manual_seed(3)
+        model = make("layerwise")
+        train(model, tmp_path / f"{weight}", replace(SMALL, contractive=weight, learning_rate=1e-2))
+        x = model.search(torch.from_numpy(held_out_ids(V, 16))).inputs[0]
+        draws = torch.Generator().manual_seed(0)
+        lost.append(phase1.contractive_loss(model.cells()[0], x, Phase1Config(), draws)[0].item())
+    assert lost[1] < 0.6 * lost[0], lost
 
 
 def test_assistant_loss_trains_on_assistant_tokens_only(tmp_path: Path) -> None:

@@ -267,8 +267,8 @@ class Phase2Config:
     """Largest gradient norm."""
     pair_hinge: float = 0.0
     """Weight of the contraction hinge on pairs of contexts, kept from Phase 1."""
-    spread: float = 0.0
-    """Weight of the variance and covariance of single tokens' contexts, kept from Phase 1."""
+    contractive: float = 0.0
+    """Weight of Phase 1's `contractive` objective, kept on a sample of single tokens."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the large matrix products; contexts are float32 always."""
     loss_chunk: int = 1024
@@ -292,7 +292,7 @@ class Phase2Config:
         _require(self, "final_learning_rate", 0.0 <= self.final_learning_rate <= 1.0, "in [0, 1]")
         for name in ("min_steps", "warmup_steps", "evaluations"):
             _require(self, name, getattr(self, name) >= 0, "at least 0")
-        for name in ("weight_decay", "pair_hinge", "spread", "checkpoint_seconds"):
+        for name in ("weight_decay", "pair_hinge", "contractive", "checkpoint_seconds"):
             _require(self, name, getattr(self, name) >= 0.0, "at least 0")
 
 
@@ -435,7 +435,7 @@ def _layerwise() -> RunConfig:
         preset="layerwise",
         model=ModelConfig(cell="layerwise", num_blocks=1, num_layers=2),
         phase1=Phase1Config(learning_rate=2e-3),
-        phase2=Phase2Config(pair_hinge=1.0, spread=1.0),
+        phase2=Phase2Config(pair_hinge=1.0, contractive=1.0),
     )
 
 

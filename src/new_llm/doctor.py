@@ -98,14 +98,15 @@ ADVICE = {
     "identity_map": "the cell returns what it is given: train with "
     "--phase1.objective contractive, whose hinge forbids it",
     "global_attractor": "all tokens settle near one point: train with --phase1.objective "
-    "contractive; where Phase 2 drew them together, raise --phase2.min-steps",
+    "contractive from --model.initialisation orthogonal; where Phase 2 drew them together, raise "
+    "--phase2.contractive or --phase2.min-steps",
     "expanding": "differences grow: lower --phase1.contraction-target, or use the convex cell",
     "multi_stable": "the end depends on the start: lower --phase1.contraction-target "
-    "or raise --phase1.max-steps",
-    "not_converged": "contexts still move: raise --phase1.max-steps "
-    "or lower --phase1.contraction-target",
-    "low_rank": "contexts share few directions: raise --phase1.covariance-weight "
-    "or --phase1.spread-steps; where Phase 2 drew them together, raise --phase2.min-steps",
+    "or --phase1.final-learning-rate, or raise --phase1.max-steps",
+    "not_converged": "contexts still move: raise --phase1.visited-iterations or "
+    "--phase1.max-steps, or lower --phase1.final-learning-rate",
+    "low_rank": "contexts share few directions: use --model.initialisation orthogonal, or raise "
+    "--phase1.covariance-weight; where Phase 2 drew them together, raise --phase2.contractive",
     "decoupled": "the context hardly reads itself, so this is a linear recurrence: "
     "raise --model.coupling-limit",
     "amnesic": "the prediction uses one token only, so this is a bigram model: "

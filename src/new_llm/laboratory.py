@@ -124,8 +124,13 @@ class Laboratory:
 
     def _computed(self, trial: Callable[..., Numbers], arguments: dict[str, dict[str, Any]]):
         if self.num_workers == 1 or len(arguments) < 2:
-            for key, given in arguments.items():
-                yield key, trial(**given)
+            before = torch.get_num_threads()
+            torch.set_num_threads(1)  # as in a process of the pool: sums keep their order
+            try:
+                for key, given in arguments.items():
+                    yield key, trial(**given)
+            finally:
+                torch.set_num_threads(before)
             return
         if self._pool is None:
             self._pool = ProcessPoolExecutor(
@@ -150,8 +155,12 @@ class Laboratory:
 
 
 def _key(trial: Callable[..., Numbers], arguments: dict[str, Any]) -> str:
-    """Return what decides a trial's numbers."""
-    configs = [to_dict(make()) for make in PRESETS.values()]
+    """Return what decides a trial's numbers; no trial trains Phase 2."""
+    configs = [
+        to_dict(part)
+        for config in (make() for make in PRESETS.values())
+        for part in (config.model, config.solver, config.phase1)
+    ]
     return fingerprint([__version__, trial.__name__, arguments, configs, SEED_RULE])
 
 

@@ -217,58 +217,65 @@ def train_contractive(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
         optimiser, total, eta_min=config.final_learning_rate * config.learning_rate
     )
-    size = _context_size(cell)
     for step in range(total):
         rows = torch.randint(len(x), (config.batch_size,), generator=generator)
-        projected, weights = cell.project(x[rows]), cell.weights()
-
-        def draw() -> Tensor:
-            shape = (config.batch_size, cell.context_width)
-            return torch.randn(shape, generator=generator).to(x)
-
-        # where tokens end, and the way there: always the same number would leave the rest unseen
-        visited = int(torch.randint(1, config.visited_iterations + 1, (), generator=generator))
-        context, other = torch.zeros_like(draw()), size * draw()
-        with torch.no_grad():
-            for _ in range(visited):
-                context = cell.search_map(context, projected, weights)
-                other = cell.search_map(other, projected, weights)
-        # what is left between two runs lies along the direction that shrinks least
-        apart = F.normalize(other - context + 1e-3 * size * draw(), dim=-1)
-        near = context + _NEAR * size * math.sqrt(cell.context_width) * apart
-        zero, far = torch.zeros_like(other), size * draw()
-        moved, moved_other, moved_near, moved_far, moved_zero = cell.search_map(
-            torch.cat([context, other, near, far, zero]), projected.repeat(5, 1), weights
-        ).chunk(5)
-        ratios = torch.cat(
-            [
-                _ratio(moved, moved_near, context, near),
-                _ratio(moved, moved_other, context, other),
-                _ratio(moved, moved_far, context, far),
-                _ratio(moved_far, moved_zero, far, zero),
-            ]
-        )
-        hinge = F.relu(ratios - config.contraction_target).square().mean()
-        length = moved.detach().square().sum(dim=-1).clamp(min=1e-6)
-        residual = ((moved - context).square().sum(dim=-1) / length).mean()
-        variance, covariance = spread_terms(moved, size)
-        loss = config.variance_weight * variance + config.covariance_weight * covariance
-        if step >= config.spread_steps:
-            loss = loss + config.hinge_weight * hinge + config.residual_weight * residual
+        spread_only = step < config.spread_steps
+        loss, terms = contractive_loss(cell, x[rows], config, generator, spread_only=spread_only)
         value = _step(optimiser, cell, loss, config, step)
         schedule.step()
-        log(
-            {
-                "stage": "phase1",
-                "step": step + 1,
-                "loss": value,
-                "residual": residual.item(),
-                "factor": ratios.max().item(),
-                "variance": variance.item(),
-                "covariance": covariance.item(),
-            }
-        )
-        advance(1, f"loss {value:.3f} factor {ratios.max().item():.2f}")
+        log({"stage": "phase1", "step": step + 1, "loss": value, **terms})
+        advance(1, f"loss {value:.3f} factor {terms['factor']:.2f}")
+
+
+def contractive_loss(
+    cell: ContextCell,
+    x: Tensor,
+    config: Phase1Config,
+    generator: torch.Generator,
+    *,
+    spread_only: bool = False,
+) -> tuple[Tensor, dict[str, float]]:
+    """Return the `contractive` loss of different tokens `[N, E]`, and its terms.
+
+    What is random, the starts and the number of visited iterations, comes from `generator`.
+    """
+    projected, weights, size = cell.project(x), cell.weights(), _context_size(cell)
+
+    def draw() -> Tensor:
+        return torch.randn((len(x), cell.context_width), generator=generator).to(x)
+
+    # where tokens end, and the way there: always the same number would leave the rest unseen
+    visited = int(torch.randint(1, config.visited_iterations + 1, (), generator=generator))
+    context, other = torch.zeros_like(draw()), size * draw()
+    with torch.no_grad():
+        for _ in range(visited):
+            context = cell.search_map(context, projected, weights)
+            other = cell.search_map(other, projected, weights)
+    # what is left between two runs lies along the direction that shrinks least
+    apart = F.normalize(other - context + 1e-3 * size * draw(), dim=-1)
+    near = context + _NEAR * size * math.sqrt(cell.context_width) * apart
+    zero, far = torch.zeros_like(other), size * draw()
+    moved, moved_other, moved_near, moved_far, moved_zero = cell.search_map(
+        torch.cat([context, other, near, far, zero]), projected.repeat(5, 1), weights
+    ).chunk(5)
+    ratios = torch.cat(
+        [
+            _ratio(moved, moved_near, context, near),
+            _ratio(moved, moved_other, context, other),
+            _ratio(moved, moved_far, context, far),
+            _ratio(moved_far, moved_zero, far, zero),
+        ]
+    )
+    hinge = F.relu(ratios - config.contraction_target).square().mean()
+    length = moved.detach().square().sum(dim=-1).clamp(min=1e-6)
+    residual = ((moved - context).square().sum(dim=-1) / length).mean()
+    variance, covariance = spread_terms(moved, size)
+    loss = config.variance_weight * variance + config.covariance_weight * covariance
+    if not spread_only:
+        loss = loss + config.hinge_weight * hinge + config.residual_weight * residual
+    terms = {"residual": residual, "factor": ratios.max(), "variance": variance,
+             "covariance": covariance}  # fmt: skip
+    return loss, {name: value.item() for name, value in terms.items()}
 
 
 def spread_terms(contexts: Tensor, size: float) -> tuple[Tensor, Tensor]:
@@ -311,18 +318,6 @@ def pair_hinge(cell: ContextCell, x: Tensor, contexts: Tensor, target: float) ->
         torch.cat([context, near]), projected.repeat(2, 1), weights
     ).chunk(2)
     return F.relu(_ratio(moved, other, context, near) - target).square().mean()
-
-
-def spread_loss(cell: ContextCell, x: Tensor, contexts: Tensor, config: Phase1Config) -> Tensor:
-    """Return the weighted spread terms one step after given contexts, for training that must keep
-    tokens apart.
-
-    Inputs `[N, E]` of different tokens and the contexts `[N, C]` that those settle at; the gradient
-    is that of the one step.
-    """
-    moved = cell.search_map(contexts.detach(), cell.project(x), cell.weights())
-    variance, covariance = spread_terms(moved, _context_size(cell))
-    return config.variance_weight * variance + config.covariance_weight * covariance
 
 
 def _num_steps(num_tokens: int, config: Phase1Config) -> int:

@@ -27,7 +27,7 @@ from .data import Segment, SegmentStream, TokenStore, held_out_ids
 from .errors import NonFiniteError
 from .evaluate import Evaluation, evaluate, head
 from .model import NewLLM, token_losses
-from .phase1 import pair_hinge, spread_loss
+from .phase1 import contractive_loss, pair_hinge
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -35,8 +35,6 @@ Log = Callable[[dict[str, Any]], None]
 _SMOOTH = 0.95
 # steps between two rows of the history
 _LOG_EVERY = 10
-# distinct tokens whose spread is looked at in a step
-_SPREAD_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +138,7 @@ def train(
 ) -> Phase2Result:
     """Train the model in place; resumes from `folder` where an earlier call was interrupted.
 
-    What `config` keeps of Phase 1, the hinge and the spread, has the targets and weights of `phase1`.
+    What is kept of Phase 1, hinge and contractive objective, has the settings of `phase1`.
 
     Raises:
         NonFiniteError: the loss became NaN or infinite; the message names the step.
@@ -245,7 +243,7 @@ class _Trainer:
         self.optimiser = optimiser
         self.seed = seed
         held_out = held_out_ids(model.vocab_size, model.config.context_width)
-        self.spread_ids = np.setdiff1d(np.arange(model.vocab_size), held_out)
+        self.token_ids = np.setdiff1d(np.arange(model.vocab_size), held_out)
         self.context = context
         self.cache = data.cache
         self.rows: Tensor | None = None
@@ -325,8 +323,8 @@ class _Trainer:
         loss = scored.loss
         if config.pair_hinge and not config.freeze_context:
             loss = loss + config.pair_hinge * self._hinge(ids, real)
-        if config.spread and not config.freeze_context:
-            loss = loss + config.spread * self._spread(step)
+        if config.contractive and not config.freeze_context:
+            loss = loss + config.contractive * self._contractive(step)
         self.optimiser.zero_grad(set_to_none=True)
         if scored.loss.requires_grad:
             loss.backward()
@@ -353,16 +351,16 @@ class _Trainer:
         block = self.model.cells()[0]
         return pair_hinge(block, x, self.context[chosen, 0], self.phase1.contraction_target)
 
-    def _spread(self, step: int) -> Tensor:
-        """Keep the fixed points of single tokens apart, at a sample drawn for this step."""
-        drawn = np.random.default_rng((self.seed, step)).choice(
-            self.spread_ids, min(_SPREAD_TOKENS, len(self.spread_ids)), replace=False
-        )
+    def _contractive(self, step: int) -> Tensor:
+        """Keep single tokens settled and apart, at a sample drawn for this step."""
+        generator = torch.Generator().manual_seed((self.seed << 32) + step)
+        count = (self.phase1.batch_size,)
+        drawn = self.token_ids[torch.randint(len(self.token_ids), count, generator=generator)]
         self.model.eval()
-        found = self.model.search(torch.from_numpy(drawn).to(self.context.device))
+        inputs = self.model.search(torch.from_numpy(drawn).to(self.context.device)).inputs
         self.model.train()
-        terms = [
-            spread_loss(cell, found.inputs[k], found.contexts[:, k], self.phase1)
-            for k, cell in enumerate(self.model.cells())
+        losses = [
+            contractive_loss(cell, x, self.phase1, generator)[0]
+            for cell, x in zip(self.model.cells(), inputs, strict=True)
         ]
-        return torch.stack(terms).mean()
+        return torch.stack(losses).mean()
