@@ -267,7 +267,7 @@ class Phase2Config:
     """Largest gradient norm."""
     pair_hinge: float = 0.0
     """Weight of the contraction hinge on pairs of contexts, kept from Phase 1."""
-    contractive: float = 0.0
+    contractive: float = 0.1
     """Weight of Phase 1's `contractive` objective, kept on a sample of single tokens."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the large matrix products; contexts are float32 always."""
@@ -417,7 +417,9 @@ def _seed_preset(name: str, cell: CellName) -> RunConfig:
         data=DataConfig(tokenizer="gpt2"),
         solver=SolverConfig(metric="mse", tolerance=0.01, max_iterations=50),
         phase1=Phase1Config(objective="residual", literal_dialogues=10, max_steps=None),
-        phase2=Phase2Config(learning_rate=1e-3, batch_size=4, min_steps=0, evaluations=2),
+        phase2=Phase2Config(
+            learning_rate=1e-3, batch_size=4, min_steps=0, evaluations=2, contractive=0.0
+        ),
         gate="seed",
     )
 
@@ -435,7 +437,7 @@ def _layerwise() -> RunConfig:
         preset="layerwise",
         model=ModelConfig(cell="layerwise", num_blocks=1, num_layers=2),
         phase1=Phase1Config(learning_rate=2e-3),
-        phase2=Phase2Config(pair_hinge=1.0, contractive=1.0),
+        phase2=Phase2Config(pair_hinge=1.0),
     )
 
 

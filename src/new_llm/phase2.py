@@ -217,6 +217,13 @@ def _interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+def _diverged(what: str, step: int) -> NonFiniteError:
+    return NonFiniteError(
+        f"Phase 2 stopped in step {step + 1}: {what}; "
+        "lower --phase2.learning-rate and use a new --out"
+    )
+
+
 def _log_evaluation(
     log: Log, console: Console, result: Evaluation, step: int, tokens_seen: int
 ) -> None:
@@ -332,10 +339,7 @@ class _Trainer:
         trained = [p for group in self.optimiser.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(trained, config.gradient_clip).item()
         if not (math.isfinite(value) and math.isfinite(norm)):
-            raise NonFiniteError(
-                f"Phase 2 loss must stay finite, got {value} (gradient norm {norm}) in step "
-                f"{step + 1}; lower --phase2.learning-rate and use a new --out"
-            )
+            raise _diverged(f"the loss must stay finite, got {value} (gradient norm {norm})", step)
         self.optimiser.step()
         row = {"loss": scored.nats.mean().item(), "gradient_norm": norm}
         if chosen.any():
@@ -356,8 +360,13 @@ class _Trainer:
         generator = torch.Generator().manual_seed((self.seed << 32) + step)
         count = (self.phase1.batch_size,)
         drawn = self.token_ids[torch.randint(len(self.token_ids), count, generator=generator)]
-        self.model.eval()
-        inputs = self.model.search(torch.from_numpy(drawn).to(self.context.device)).inputs
+        ids = torch.from_numpy(drawn).to(self.context.device)
+        # entering evaluation costs ConvexCell a decomposition, and only dropout asks for it
+        self.model.train(self.model.config.dropout == 0.0)
+        try:
+            inputs = self.model.search(ids).inputs
+        except NonFiniteError as error:
+            raise _diverged("contexts must stay finite, got NaN or infinity", step) from error
         self.model.train()
         losses = [
             contractive_loss(cell, x, self.phase1, generator)[0]
