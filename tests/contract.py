@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from new_llm.cell import ContextCell
-from new_llm.recurrence import scan, scan_by_steps, sweep
+from new_llm.recurrence import sweep
+from new_llm.scan import scan, scan_by_steps
 
 C, E, H = 5, 4, 6
 

@@ -14,8 +14,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "new_llm"
 # a module imports only modules that stand before it
 ORDER = [
     "errors", "config", "console", "files", "dialogues", "tokenizer", "data", "cell",
-    "fixed_point", "recurrence", "measurements", "doctor", "model", "checkpoint", "evaluate",
-    "phase1", "cache", "phase2", "generate", "records", "plots", "report", "pipeline",
+    "fixed_point", "scan", "recurrence", "measurements", "doctor", "model", "checkpoint",
+    "evaluate", "phase1", "cache", "phase2", "generate", "records", "plots", "report", "pipeline",
     "specimens", "trials", "laboratory", "experiments", "claims", "lab", "cli", "__main__",
 ]  # fmt: skip
 
@@ -35,7 +35,7 @@ def test_modules_import_only_modules_above_them() -> None:
         assert not below, f"{name} imports {below}"
 
 
-@pytest.mark.parametrize("name", ["fixed_point", "doctor", "cell", "recurrence"])
+@pytest.mark.parametrize("name", ["fixed_point", "doctor", "cell", "scan", "recurrence"])
 def test_the_core_reads_no_config(name: str) -> None:
     assert "config" not in _imported(SOURCE / f"{name}.py")
 

@@ -6,7 +6,7 @@ loss lives here. Axes: `C` context width, `E` embedding width, `H` hidden width,
 
 import math
 from abc import ABC, abstractmethod
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 import torch.nn.functional as F
@@ -65,15 +65,20 @@ class ContextCell(nn.Module, ABC):
         return self.update(context, self.project(x), self.weights())
 
 
-def _gate(hidden: Tensor, context: Tensor, gate: Weights, norm: Weights) -> tuple[Tensor, Tensor]:
-    """The seeds' gate: `LayerNorm(forget * context + input * delta)`, and `forget`."""
-    delta, forget, insert = F.linear(hidden, gate[0], gate[1]).chunk(3, dim=-1)
-    forget = torch.sigmoid(forget)
-    mixed = forget * context + torch.sigmoid(insert) * torch.tanh(delta)
-    return F.layer_norm(mixed, mixed.shape[-1:], norm[0], norm[1]), forget
+class Stage(NamedTuple):
+    """One gate of a seed cell and the hidden layers before it, as tensors."""
+
+    from_context: Tensor
+    """Context columns of the first hidden layer, `[H, C]`; `project` holds the rest of it."""
+    hidden: list[Weights]
+    """Weight and bias of each further hidden layer."""
+    gate: Weights
+    """Weight and bias of delta, forget and input gate, one product, `[3C, H]`."""
+    norm: Weights
+    """Gain and bias of the layer norm."""
 
 
-class _SeedCell(ContextCell):
+class SeedCell(ContextCell):
     """What both seed cells share: hidden layers, gates, N(0, 0.02), dropout and clip."""
 
     def __init__(
@@ -130,16 +135,30 @@ class _SeedCell(ContextCell):
         return torch.stack(self._pass(context, projected, weights)[1], dim=-2)
 
     @abstractmethod
+    def stages(self, weights: Weights) -> list[Stage]:
+        """Return what one update does, gate after gate; each reads its part of `project`."""
+
     def _pass(
         self, context: Tensor, projected: Tensor, weights: Weights
     ) -> tuple[Tensor, list[Tensor]]:
         """Return `f(context, x)` and the forget gates on the way."""
+        stages, forgets = self.stages(weights), []
+        for stage, part in zip(stages, projected.chunk(len(stages), dim=-1), strict=True):
+            h = self._phi(part + F.linear(context, stage.from_context))
+            for weight, bias in stage.hidden:
+                h = self._phi(F.linear(h, weight, bias))
+            delta, forget, insert = F.linear(h, *stage.gate).chunk(3, dim=-1)
+            forget = torch.sigmoid(forget)
+            mixed = forget * context + torch.sigmoid(insert) * torch.tanh(delta)
+            gain, shift = stage.norm
+            context = F.layer_norm(mixed, mixed.shape[-1:], gain, shift)
+            if self.clip is not None:
+                context = context.clamp(-self.clip, self.clip)
+            forgets.append(forget)
+        return context, forgets
 
     def _phi(self, preactivation: Tensor) -> Tensor:
         return F.dropout(F.relu(preactivation), self.dropout, self.training)
-
-    def _clipped(self, context: Tensor) -> Tensor:
-        return context if self.clip is None else context.clamp(-self.clip, self.clip)
 
     def _split(self, weights: Weights) -> tuple[list[Weights], list[Weights], list[Weights]]:
         """Sort `parameters()` back into (weight, bias) pairs of hidden layers, gates, norms."""
@@ -150,7 +169,7 @@ class _SeedCell(ContextCell):
 
 
 @final
-class SequentialCell(_SeedCell):
+class SequentialCell(SeedCell):
     """`h = phi_L(... phi_1([x, c]))`, then one gate at the end.
 
     Source: the founding documents, "Sequential Architecture".
@@ -188,19 +207,14 @@ class SequentialCell(_SeedCell):
         first = self.hidden[0]
         return F.linear(x, first.weight[:, : self.embedding_width], first.bias)  # pyright: ignore
 
-    def _pass(
-        self, context: Tensor, projected: Tensor, weights: Weights
-    ) -> tuple[Tensor, list[Tensor]]:
+    def stages(self, weights: Weights) -> list[Stage]:
+        """Return one gate after all hidden layers."""
         hidden, (gate,), (norm,) = self._split(weights)
-        h = self._phi(projected + F.linear(context, hidden[0][0][:, self.embedding_width :]))
-        for weight, bias in hidden[1:]:
-            h = self._phi(F.linear(h, weight, bias))
-        context, forget = _gate(h, context, gate, norm)
-        return self._clipped(context), [forget]
+        return [Stage(hidden[0][0][:, self.embedding_width :], hidden[1:], gate, norm)]
 
 
 @final
-class LayerwiseCell(_SeedCell):
+class LayerwiseCell(SeedCell):
     """For every layer `h = phi_l([x, c]); c = gate_l(h, c)`: each layer moves the context.
 
     Source: the founding documents, "Layer-wise Architecture".
@@ -237,18 +251,12 @@ class LayerwiseCell(_SeedCell):
         weight = torch.cat([layer.weight[:, : self.embedding_width] for layer in self.hidden])  # pyright: ignore
         return F.linear(x, weight, torch.cat([layer.bias for layer in self.hidden]))  # pyright: ignore
 
-    def _pass(
-        self, context: Tensor, projected: Tensor, weights: Weights
-    ) -> tuple[Tensor, list[Tensor]]:
-        hidden, gates, norms = self._split(weights)
-        parts = projected.chunk(len(hidden), dim=-1)
-        forgets = []
-        for part, (weight, _), gate, norm in zip(parts, hidden, gates, norms, strict=True):
-            h = self._phi(part + F.linear(context, weight[:, self.embedding_width :]))
-            context, forget = _gate(h, context, gate, norm)
-            context = self._clipped(context)
-            forgets.append(forget)
-        return context, forgets
+    def stages(self, weights: Weights) -> list[Stage]:
+        """Return one hidden layer and one gate a layer."""
+        return [
+            Stage(weight[:, self.embedding_width :], [], gate, norm)
+            for (weight, _), gate, norm in zip(*self._split(weights), strict=True)
+        ]
 
 
 @final
@@ -398,8 +406,16 @@ class ConvexCell(ContextCell):
         `q2 < 1` proves a unique fixed point in token scope; `q_inf < 1` proves that gate-scan
         contracts in sequence scope. The norm of the product `W_d W_c` would prove nothing.
         """
-        from_context, to_delta, _ = (weight.double() for weight in self.weights())
-        lipschitz = LIPSCHITZ[self.activation]
+        from_context, to_delta, bias = (weight.double() for weight in self.weights())
         norm2 = torch.linalg.matrix_norm(to_delta, 2) * torch.linalg.matrix_norm(from_context, 2)
-        rows = (to_delta.abs() @ from_context.abs()).sum(dim=1)
-        return {"q2": lipschitz * norm2.item(), "q_inf": lipschitz * rows.max().item()}
+        return {
+            "q2": LIPSCHITZ[self.activation] * norm2.item(),
+            "q_inf": self.sup_coupling((from_context, to_delta, bias)).item(),
+        }
+
+    def sup_coupling(self, weights: Weights) -> Tensor:
+        """Return `q_inf` of weights in use, differentiable, a scalar."""
+        from_context, to_delta, _ = weights
+        # row sums of the product of absolute values, without the product
+        rows = to_delta.abs() @ from_context.abs().sum(dim=1)
+        return LIPSCHITZ[self.activation] * rows.amax()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .cell import ContextCell, ConvexCell, LayerwiseCell, SequentialCell, Weights
 from .config import ModelConfig, SolverConfig
 from .fixed_point import FixedPoint, solve
-from .recurrence import scan
+from .scan import scan
 
 
 def build_cell(config: ModelConfig) -> ContextCell:

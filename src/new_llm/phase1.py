@@ -20,7 +20,7 @@ from .console import Advance, Console
 from .doctor import THRESHOLDS
 from .errors import NonFiniteError
 from .model import NewLLM
-from .recurrence import scan
+from .scan import scan
 
 # float32 of a variance near zero has no useful gradient of its root below this
 _VARIANCE_FLOOR = 1e-4

@@ -1,31 +1,58 @@
-"""Sequence scope: the context carried through a text, `c_t = f(c_{t-1}, x_t)`.
+"""Sequence scope, all positions at once: `c_t = f(c_{t-1}, x_t)` solved as one fixed point.
 
-Three ways to the same contexts: `scan`, one position after another with exact gradients; `jacobi`,
-every position at once, for any cell; gate-scan, which treats the gate of ConvexCell exactly.
-At the start of a dialogue the previous context counts as zero; padding holds the context.
-Axes: `B` sequences, `T` positions, `C` context width, `P` width of a projected token.
+A Jacobi sweep applies the cell to every position with the contexts of the last sweep. Gate-scan
+treats the gate of ConvexCell exactly and keeps only `delta` from the last sweep, so that memory
+costs no sweeps and only coupling does. `carry` picks an engine, checks what it reached, and falls
+back to the exact `scan` rather than differ from it in silence.
+Axes: `B` sequences, `T` positions, `C` context width, `P` width of a projected token. Inside, time
+comes first: a part of a text is then one piece of memory.
 """
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .cell import ACTIVATIONS, ContextCell, ConvexCell, Weights
+from .cell import ContextCell, ConvexCell, Weights
 from .errors import NonFiniteError
+from .fixed_point import measure
+from .scan import activated, convex_gradients, scan_projected
 
+Engine = Literal["scan", "gate-scan", "jacobi"]
+
+# the cap on sweeps that a contractive model should never reach, and how far a fall-back goes on
+MAX_SWEEPS = 12
+MORE_SWEEPS = 3
+SMALLEST_CHUNK = 16
+# positions times sequences that are solved at once: bounds memory, and fills the caches
+CHUNK_ROWS = {"cpu": 2048, "cuda": 65536}
+# the first steps of a linear scan are taken in blocks of this many positions
+_BLOCK = 16
+# from this many numbers a position, blocks save no time on a CPU
+_WIDE_POSITION = 8192
+# ratio of changes that is assumed while there is only one
+_ASSUMED_RATE = 0.5
+# ratio from which more sweeps would be as slow as the scan
+_HOPELESS = 0.95
+# changes are relative to what changes, or to these shares of the largest of a part
+_SMALLEST, _SMALLEST_GRADIENT = 1e-3, 0.1
 _TINY = 1e-30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Swept:
-    """What sweeps over a whole text reached; running out of sweeps is a result."""
+    """What sweeps over a text reached; running out of sweeps is a result."""
 
     contexts: Tensor
     """`[B, T, C]`, detached."""
     residual: Tensor
-    """Relative change of each position in the last sweep, `[B, T]`."""
+    """Relative change of each position in its last sweep, `[B, T]`."""
     curve: Tensor
     """10 %, 50 %, 90 % quantile and maximum over positions after each sweep, `[K, 4]`."""
     converged: bool
@@ -33,172 +60,535 @@ class Swept:
 
     @property
     def num_sweeps(self) -> int:
-        """Applications of the cell to every position."""
+        """Applications of the cell to every position that had not come to rest."""
         return len(self.curve)
 
 
-def scan(
+@dataclass(kw_only=True, slots=True)
+class Sweeps:
+    """What the sweeps over all parts of a text came to; that of a gradient fills in `backward`."""
+
+    num_sweeps: int = 0
+    """The most of any part."""
+    residual: float = 0.0
+    """Largest relative change of a position in the last sweep of its part."""
+    rate: float = 0.0
+    """Largest ratio of successive changes, in the sup-norm."""
+    distance: float = 0.0
+    """Relative distance to the true recurrence, the largest of any position."""
+    work: int = 0
+    """Positions computed, those of every sweep counted; `T` for a scan."""
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    """How often: `more sweeps`, `smaller chunks`, `scan`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Carried:
+    """Contexts of a text, and how far they can be trusted."""
+
+    contexts: Tensor
+    """After each position, `[B, T, C]`, differentiable."""
+    engine: Engine
+    """What was asked for; `sweeps.fallbacks` says where it was left."""
+    sweeps: Sweeps
+    """Of the forward pass."""
+    adjoint: Sweeps
+    """Of the gradient, once `backward` was called."""
+    proved: bool
+    """Whether the distance rests on `q_inf < 1`, or on the rate that was measured."""
+
+    @property
+    def fell_back(self) -> bool:
+        """Whether a part was cut smaller or scanned."""
+        return bool(self.sweeps.fallbacks["smaller chunks"] or self.sweeps.fallbacks["scan"])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """Some positions of a text, time-major, as sweeps need them."""
+
+    cell: ContextCell
+    weights: Weights
+    projected: Tensor
+    """`[T, B, P]`."""
+    keep: Tensor | None
+    """0 where a dialogue begins, else 1, `[T, B, 1]`."""
+    real: Tensor | None
+    """False at padding, `[T, B, 1]`."""
+    forget: Tensor | None
+    """Gate that is treated exactly, 1 at padding, `[T, B, C]`; None for Jacobi."""
+
+    @staticmethod
+    def make(
+        cell: ContextCell,
+        weights: Weights,
+        projected: Tensor,
+        keep: Tensor | None,
+        real: Tensor | None,
+        *,
+        gate_exact: bool,
+    ) -> "_Part":
+        """Take the gate out of the projected tokens, where it is to be treated exactly."""
+        forget = None
+        if gate_exact:
+            # the token alone decides it, so any context will do
+            forget = cell.forget_gates(projected, projected, weights)[..., 0, :]
+            if real is not None:
+                forget = forget.masked_fill(~real, 1.0)
+        return _Part(
+            cell=cell, weights=weights, projected=projected, keep=keep, real=real, forget=forget
+        )
+
+    def __len__(self) -> int:
+        return len(self.projected)
+
+    def __getitem__(self, part: slice) -> "_Part":
+        return _Part(
+            cell=self.cell,
+            weights=self.weights,
+            projected=self.projected[part],
+            keep=None if self.keep is None else self.keep[part],
+            real=None if self.real is None else self.real[part],
+            forget=None if self.forget is None else self.forget[part],
+        )
+
+    def before(self, contexts: Tensor, initial: Tensor) -> Tensor:
+        """Return the context that each position reads, `[T, B, C]`."""
+        shifted = torch.cat([initial[None], contexts[:-1]])
+        return shifted if self.keep is None else shifted.mul_(self.keep)
+
+    def decay(self) -> Tensor | None:
+        """Return what the gate keeps of the context before, `[T, B, C]`."""
+        if self.forget is None or self.keep is None:
+            return self.forget
+        return self.forget * self.keep
+
+    def sweep(self, contexts: Tensor, initial: Tensor) -> Tensor:
+        """Apply the cell to every position once."""
+        before = self.before(contexts, initial)
+        decay = self.decay()
+        if self.forget is None or decay is None:
+            return self.update(before)
+        delta = self.cell.search_map(before, self.projected, self.weights)
+        return linear_scan(decay, delta.sub_(delta * self.forget), initial)
+
+    def update(self, before: Tensor) -> Tensor:
+        """Return the contexts that follow given ones."""
+        updated = self.cell.update(before, self.projected, self.weights)
+        return updated if self.real is None else torch.where(self.real, updated, before)
+
+    def scan(self, initial: Tensor) -> Tensor:
+        """Return the contexts position by position."""
+        return scan_projected(
+            self.cell,
+            self.projected.transpose(0, 1),
+            self.weights,
+            initial,
+            starts=None if self.keep is None else self.keep[..., 0].T == 0,
+            real=None if self.real is None else self.real[..., 0].T,
+        ).transpose(0, 1)
+
+
+def carry(
     cell: ContextCell,
     x: Tensor,
     initial: Tensor,
     *,
+    engine: Engine,
     starts: Tensor | None = None,
     real: Tensor | None = None,
     weights: Weights | None = None,
-) -> Tensor:
-    """Carry the context through a text, one position after another.
+    guess: Tensor | None = None,
+    tolerance: float = 1e-5,
+    max_sweeps: int = MAX_SWEEPS,
+    chunk: int | None = None,
+) -> Carried:
+    """Carry the context through a text by an engine, and say what it reached.
+
+    Sweeps go over one chunk after another, each from the context that the one before ended in, so
+    that memory is bounded by the chunk. A chunk rests when the distance to the true recurrence,
+    `residual * rate / (1 - rate)`, is under the tolerance at every position. One that does not gets
+    more sweeps, then smaller chunks, then the scan; all of that stands in the result.
 
     Args:
         cell: the update.
         x: token embeddings, `[B, T, E]`.
         initial: context before the first position, `[B, C]`.
+        engine: `scan`; `gate-scan`, where the gate is separate; `jacobi`, for any cell.
         starts: where a dialogue begins, `[B, T]` bool; the context before it counts as zero.
         real: False at padding, `[B, T]` bool; padding holds the context.
         weights: `cell.weights()`, where they were taken already.
+        guess: contexts to start from, `[B, T, C]`; None is zeros.
+        tolerance: largest relative distance to the true recurrence.
+        max_sweeps: cap on sweeps, before more are a fall-back.
+        chunk: positions that are solved at once; None is what the device likes.
 
-    Returns:
-        The context after each position, `[B, T, C]`. The last one is the carry of the next segment;
-        detach it there and the gradient is that of truncated backpropagation through time.
+    Raises:
+        ValueError: gate-scan was asked of a cell whose gate is not separate.
+        NonFiniteError: contexts became NaN or infinite.
 
-    Source: exact backpropagation through time; for ConvexCell by a hand-written backward whose loop
-    holds the recurrent products only, the weight gradients being one product after it.
+    Source: parallel solves of nonlinear recurrences, DEER (arXiv:2309.12252) and quasi-DEER
+    (arXiv:2407.19115), ParaRNN (arXiv:2510.21450); here the linear part is the cell's own gate. The
+    gradient is the adjoint recurrence, solved the same way from the end.
 
-    >>> cell = ConvexCell(4, 3, 5)
-    >>> scan(cell, torch.ones(2, 7, 3), torch.zeros(2, 4)).shape
-    torch.Size([2, 7, 4])
+    >>> cell = ConvexCell(4, 3, 5).eval()
+    >>> found = carry(cell, torch.ones(1, 9, 3), torch.zeros(1, 4), engine="gate-scan")
+    >>> found.contexts.shape, found.fell_back
+    (torch.Size([1, 9, 4]), False)
     """
+    _require_separate_gate(cell, engine)
     projected = cell.project(x).to(initial.dtype)
-    # contexts keep their precision where the large products of a text do not
+    sweeps, adjoint = Sweeps(), Sweeps()
     with torch.autocast(x.device.type, enabled=False):
         weights = cell.weights() if weights is None else weights
-        # one position of generation is not worth what the hand-written scan prepares
-        if isinstance(cell, ConvexCell) and (x.shape[1] > 1 or torch.is_grad_enabled()):
-            return _convex_scan(cell, projected, weights, initial, starts, real)
-        return scan_by_steps(cell, projected, weights, initial, starts=starts, real=real)
-
-
-def scan_by_steps(
-    cell: ContextCell,
-    projected: Tensor,
-    weights: Weights,
-    initial: Tensor,
-    *,
-    starts: Tensor | None = None,
-    real: Tensor | None = None,
-) -> Tensor:
-    """Carry the context with one call of `cell.update` a position: the law that others must keep.
-
-    Arguments are those of `scan`, with `project` and `weights` already taken.
-    """
-    context, contexts = initial, []
-    for position, part in enumerate(projected.unbind(dim=1)):
-        before = context
-        if starts is not None:
-            before = before.masked_fill(starts[:, position, None], 0.0)
-        context = cell.update(before, part, weights)
-        if real is not None:
-            context = torch.where(real[:, position, None], context, before)
-        contexts.append(context)
-    return torch.stack(contexts, dim=1)
-
-
-def _convex_scan(
-    cell: ConvexCell,
-    projected: Tensor,
-    weights: Weights,
-    initial: Tensor,
-    starts: Tensor | None,
-    real: Tensor | None,
-) -> Tensor:
-    """Run `_ConvexScan` time-major; padding is a gate that forgets nothing."""
-    token_part, forget = projected.split([cell.hidden_width, cell.context_width], dim=-1)
-    forget = forget.transpose(0, 1)
-    if real is not None:
-        forget = forget.masked_fill(~real.T[..., None], 1.0)
-    keep = None if starts is None else (~starts.T[..., None]).to(projected.dtype)
-    contexts: Any = _ConvexScan.apply(
-        token_part.transpose(0, 1).contiguous(),
-        forget.contiguous(),
-        initial,
-        *weights,
-        keep,
-        cell.activation,
+        if engine == "scan":
+            contexts = scan_projected(cell, projected, weights, initial, starts=starts, real=real)
+            sweeps.work = x.shape[1]
+            return Carried(
+                contexts=contexts, engine=engine, sweeps=sweeps, adjoint=adjoint, proved=True
+            )
+        bound = proved_rate(cell, weights) if engine == "gate-scan" else None
+        rows = CHUNK_ROWS.get(x.device.type, CHUNK_ROWS["cuda"])
+        settings = _Settings(
+            tolerance=tolerance,
+            max_sweeps=max_sweeps,
+            chunk=chunk or max(SMALLEST_CHUNK, rows // len(x)),
+            bound=bound,
+        )
+        contexts: Any = _Swept.apply(
+            cell, engine == "gate-scan", settings, sweeps, adjoint,
+            None if starts is None else (~starts.T[..., None]).to(initial.dtype),
+            None if real is None else real.T[..., None],
+            None if guess is None else guess.transpose(0, 1),
+            initial, projected.transpose(0, 1).contiguous(), *weights,
+        )  # fmt: skip
+    return Carried(
+        contexts=contexts.transpose(0, 1),
+        engine=engine,
+        sweeps=sweeps,
+        adjoint=adjoint,
+        proved=bound is not None,
     )
-    return contexts.transpose(0, 1)
 
 
-class _ConvexScan(torch.autograd.Function):
-    """`c_t = forget_t c_{t-1} + (1 - forget_t) tanh(W_d phi(u_t + W_c c_{t-1}) + b_d)`.
-
-    Time-major: token part `[T, B, H]`, forget `[T, B, C]`, keep `[T, B, 1]` (0 at a start) or None.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        token_part, forget, initial, from_context, to_delta, bias, keep, activation = inputs
-        num_positions, batch, width = forget.shape
-        phi = ACTIVATIONS[activation]
-        resets = _positions_with_start(keep, num_positions)
-        from_context_t, to_delta_t = from_context.T.contiguous(), to_delta.T.contiguous()
-        preactivation = torch.empty_like(token_part)
-        delta = torch.empty_like(forget)
-        # slot t holds the context before position t, slot t + 1 the one after it
-        context = forget.new_empty(num_positions + 1, batch, width)
-        context[0] = initial
-        for t in range(num_positions):
-            before = context[t]
-            if resets[t]:
-                before = before * keep[t]
-            torch.addmm(token_part[t], before, from_context_t, out=preactivation[t])
-            torch.addmm(bias, phi(preactivation[t]), to_delta_t, out=delta[t])
-            delta[t].tanh_()
-            torch.lerp(delta[t], before, forget[t], out=context[t + 1])
-        ctx.save_for_backward(forget, context, preactivation, delta, from_context, to_delta, keep)
-        ctx.activation, ctx.resets = activation, resets
-        return context[1:]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (grad_context,) = grads
-        forget, context, preactivation, delta, from_context, to_delta, keep = ctx.saved_tensors
-        before = context[:-1] if keep is None else context[:-1] * keep
-        with torch.enable_grad():
-            leaf = preactivation.detach().requires_grad_()
-            hidden = ACTIVATIONS[ctx.activation](leaf)
-            (slope,) = torch.autograd.grad(hidden.sum(), leaf)
-        hidden = hidden.detach()
-        # d delta / d preactivation of tanh, times the share of delta in the new context
-        reach = (1.0 - forget) * (1.0 - delta.square())
-        total = torch.empty_like(forget)
-        to_bias = torch.empty_like(forget)
-        to_token = torch.empty_like(preactivation)
-        carry = torch.zeros_like(context[0])
-        for t in range(len(forget) - 1, -1, -1):
-            torch.add(grad_context[t], carry, out=total[t])
-            torch.mul(total[t], reach[t], out=to_bias[t])
-            torch.mm(to_bias[t], to_delta, out=to_token[t])
-            to_token[t].mul_(slope[t])
-            torch.addmm(total[t] * forget[t], to_token[t], from_context, out=carry)
-            if keep is not None and ctx.resets[t]:
-                carry.mul_(keep[t])
-        width, hidden_width = forget.shape[-1], preactivation.shape[-1]
-        flat_bias, flat_token = to_bias.view(-1, width), to_token.view(-1, hidden_width)
-        return (
-            to_token,
-            total * (before - delta),
-            carry,
-            flat_token.T @ before.reshape(-1, width),
-            flat_bias.T @ hidden.reshape(-1, hidden_width),
-            flat_bias.sum(dim=0),
-            None,
-            None,
+def _require_separate_gate(cell: ContextCell, engine: Engine) -> None:
+    if engine == "gate-scan" and not cell.separates_gate:
+        raise ValueError(
+            f"gate-scan needs a separate gate, which {type(cell).__name__} has not; "
+            "use the engine scan or jacobi"
         )
 
 
-def _positions_with_start(keep: Tensor | None, num_positions: int) -> list[bool]:
-    if keep is None:
-        return [False] * num_positions
-    return (keep == 0).flatten(1).any(dim=1).tolist()
+@torch.no_grad()
+def proved_rate(cell: ContextCell, weights: Weights) -> float | None:
+    """Return `q_inf` of weights in use, where it proves that gate-scan contracts; else None.
+
+    >>> cell = ConvexCell(4, 3, 5, coupling_limit=0.0)
+    >>> proved_rate(cell, cell.weights())
+    0.0
+    """
+    if not isinstance(cell, ConvexCell):
+        return None
+    q_inf = cell.sup_coupling(weights).item()
+    return q_inf if q_inf < 1.0 else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Settings:
+    tolerance: float
+    max_sweeps: int
+    chunk: int
+    bound: float | None
+    """A rate in the sup-norm that is proved."""
+
+    def ranges(self, length: int) -> list[slice]:
+        """Return the chunks of a text."""
+        return [
+            slice(begin, min(begin + self.chunk, length)) for begin in range(0, length, self.chunk)
+        ]
+
+
+class _Swept(torch.autograd.Function):
+    """Contexts by sweeps, and the adjoint recurrence by sweeps from the end."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        (cell, gate_exact, settings, sweeps, adjoint, keep, real, guess, initial, projected,
+         *weights) = inputs  # fmt: skip
+        text = _Part.make(cell, tuple(weights), projected, keep, real, gate_exact=gate_exact)
+        contexts = projected.new_empty(*projected.shape[:2], cell.context_width)
+        carried = initial
+        for part in settings.ranges(len(text)):
+            start = None if guess is None else guess[part]
+            contexts[part] = _solve(text[part], carried, start, settings, sweeps)
+            carried = contexts[part][-1]
+        ctx.save_for_backward(keep, real, initial, projected, contexts, *weights)
+        ctx.settings = cell, gate_exact, settings, adjoint
+        return contexts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        keep, real, initial, projected, contexts, *weights = ctx.saved_tensors
+        cell, gate_exact, settings, adjoint = ctx.settings
+        text = _Part.make(cell, tuple(weights), projected, keep, real, gate_exact=gate_exact)
+        sums = [torch.zeros_like(weight) for weight in weights]
+        to_projected = torch.empty_like(projected)
+        carried = torch.zeros_like(initial)
+        for part in reversed(settings.ranges(len(text))):
+            start = initial if part.start == 0 else contexts[part.start - 1]
+            grad = grads[0][part].clone()
+            grad[-1] += carried
+            carried, to_projected[part], *shares = _adjoint(
+                text[part], contexts[part], start, grad, settings, adjoint
+            )
+            for total, share in zip(sums, shares, strict=True):
+                total += share
+        return (None,) * 8 + (carried, to_projected, *sums)
+
+
+class _Progress:
+    """What successive sweeps over a part say of the distance to their end."""
+
+    def __init__(self, settings: _Settings, *, floor: float = _SMALLEST) -> None:
+        self.settings = settings
+        self.floor = floor
+        self.num_sweeps = 0
+        self.work = 0
+        self.residual = float("inf")
+        self._largest: list[float] = []
+
+    @property
+    def rate(self) -> float:
+        """The larger of the last two ratios of largest changes; after one sweep only a guess."""
+        last = self._largest[-3:]
+        ratios = [now / before if before > 0.0 else 0.0 for before, now in pairwise(last)]
+        return max(ratios) if ratios else _ASSUMED_RATE
+
+    @property
+    def distance(self) -> float:
+        """Relative distance to the end, from the proved rate where there is one."""
+        rate = self.rate if self.settings.bound is None else self.settings.bound
+        if self.residual == 0.0:
+            return 0.0
+        return self.residual * rate / (1.0 - rate) if rate < 1.0 else float("inf")
+
+    @property
+    def limit(self) -> float:
+        """Relative change under which a position has come to rest."""
+        rate = self.rate if self.settings.bound is None else self.settings.bound
+        return self.settings.tolerance * (1.0 - rate) / max(rate, _TINY) if rate < 1.0 else 0.0
+
+    def look(self, updated: Tensor, old: Tensor, what: str) -> Tensor:
+        """Take note of a sweep; return the relative change of each position, `[T]`."""
+        difference = updated - old
+        width = updated.shape[-1]
+        size = torch.linalg.vector_norm(updated, dim=-1)
+        size = size.maximum(self.floor * size.amax()).clamp(min=_TINY)
+        largest = difference.abs().amax()
+        if self.settings.bound is None:
+            change = torch.linalg.vector_norm(difference, dim=-1)
+        else:
+            # the norm that the proof is in, as a bound of the other
+            change = largest * math.sqrt(width)
+        relative = (change / size).amax(dim=-1)
+        self.num_sweeps += 1
+        self.work += len(updated)
+        now, self.residual = torch.stack([largest, relative.amax()]).tolist()
+        if not (math.isfinite(now) and math.isfinite(self.residual)):
+            raise NonFiniteError(
+                f"{what} must stay finite, got NaN or infinity in sweep {self.num_sweeps}; "
+                "lower the learning rate or check the weights"
+            )
+        self._largest.append(now)
+        return relative
+
+    def note(self, sweeps: Sweeps) -> None:
+        """Add what was reached to the record of a whole text."""
+        sweeps.num_sweeps = max(sweeps.num_sweeps, self.num_sweeps)
+        sweeps.rate = max(sweeps.rate, self.rate)
+        sweeps.work += self.work
+
+
+def _num_rested(relative: Tensor, limit: float) -> int:
+    """Return how many leading positions have come to rest, `[T]` to a number."""
+    moving = (relative >= limit) if limit > 0.0 else (relative > 0.0)
+    return int((moving.cumsum(dim=0) == 0).sum())
+
+
+def _solve(
+    part: _Part,
+    initial: Tensor,
+    guess: Tensor | None,
+    settings: _Settings,
+    sweeps: Sweeps,
+    *,
+    whole: bool = True,
+) -> Tensor:
+    """Return the contexts of a part, by whatever it takes."""
+    if guess is None:
+        contexts = initial.new_zeros(*part.projected.shape[:2], initial.shape[-1])
+    else:
+        contexts = guess.clone()
+    progress, rested = _Progress(settings), 0
+    cap = settings.max_sweeps
+    while rested < len(part):
+        if progress.num_sweeps == cap:
+            if not whole or cap > settings.max_sweeps or progress.rate >= _HOPELESS:
+                break
+            cap *= MORE_SWEEPS
+            sweeps.fallbacks["more sweeps"] += 1
+        start = initial if rested == 0 else contexts[rested - 1]
+        left = part[rested:]
+        updated = left.sweep(contexts[rested:], start)
+        relative = progress.look(updated, contexts[rested:], "contexts")
+        contexts[rested:] = updated
+        # a position whose past rests has read it: it is as near as its own change says
+        rested += _num_rested(relative, progress.limit)
+    progress.note(sweeps)
+    if rested == len(part):
+        sweeps.residual = max(sweeps.residual, progress.residual)
+        sweeps.distance = max(sweeps.distance, progress.distance)
+        return contexts
+    start = initial if rested == 0 else contexts[rested - 1]
+    left = part[rested:]
+    smaller = max(SMALLEST_CHUNK, len(part) // 8)
+    if whole and progress.rate < _HOPELESS and smaller < len(left):
+        sweeps.fallbacks["smaller chunks"] += 1
+        for begin in range(0, len(left), smaller):
+            piece = slice(rested + begin, min(rested + begin + smaller, len(part)))
+            contexts[piece] = _solve(
+                part[piece], start, contexts[piece], settings, sweeps, whole=False
+            )
+            start = contexts[piece][-1]
+        return contexts
+    sweeps.fallbacks["scan"] += 1
+    sweeps.work += len(left)
+    contexts[rested:] = left.scan(start)
+    return contexts
+
+
+def _adjoint(
+    part: _Part,
+    contexts: Tensor,
+    initial: Tensor,
+    grad: Tensor,
+    settings: _Settings,
+    sweeps: Sweeps,
+) -> tuple[Tensor, ...]:
+    """Return gradients of the first context, the projected tokens and the weights of a part.
+
+    `lambda_t = g_t + J_{t+1}^T lambda_{t+1}` by sweeps from the end; with the gate exact that is
+    `lambda_t = forget_{t+1} lambda_{t+1} + g_t + D_{t+1}^T (1 - forget_{t+1}) lambda_{t+1}`, `D`
+    the Jacobian of `delta`.
+    """
+    length = len(part)
+    pull = (_Pull if part.forget is None else _GatePull)(part, part.before(contexts, initial))
+    decay = part.decay()
+    if decay is not None:
+        # what each position's gradient keeps of the next one's
+        decay = torch.cat([decay[1:], torch.zeros_like(decay[:1])])
+    total = torch.zeros_like(grad)
+    # what no sweep changes any more lies at the end
+    moving, cap = length, settings.max_sweeps
+    progress = _Progress(settings, floor=_SMALLEST_GRADIENT)
+    while moving > 0:
+        if progress.num_sweeps == cap:
+            if cap > settings.max_sweeps or progress.rate >= _HOPELESS:
+                break
+            cap *= MORE_SWEEPS
+            sweeps.fallbacks["more sweeps"] += 1
+        source = grad[:moving].clone()
+        reached = min(moving + 1, length)
+        source[: reached - 1] += pull.through(total[1:reached], slice(1, reached))
+        if decay is not None:
+            rests = total[moving] if moving < length else torch.zeros_like(grad[0])
+            source = linear_scan(decay[:moving].flip(0), source.flip(0), rests).flip(0)
+        relative = progress.look(source, total[:moving], "gradients")
+        total[:moving] = source
+        moving -= _num_rested(relative.flip(0), progress.limit)
+    progress.note(sweeps)
+    if moving == 0:
+        sweeps.residual = max(sweeps.residual, progress.residual)
+        sweeps.distance = max(sweeps.distance, progress.distance)
+    else:
+        sweeps.fallbacks["scan"] += 1
+        sweeps.work += moving
+        for t in range(moving - 1, -1, -1):
+            total[t] = grad[t]
+            if t + 1 < length:
+                total[t] += pull.through(total[t + 1 : t + 2], slice(t + 1, t + 2))[0]
+                if decay is not None:
+                    total[t] += decay[t] * total[t + 1]
+    return pull.gradients(total)
+
+
+class _GatePull:
+    """What a gradient passes on through `delta` of ConvexCell at known contexts."""
+
+    def __init__(self, part: _Part, before: Tensor) -> None:
+        assert isinstance(part.cell, ConvexCell) and part.forget is not None
+        self.part, self.before, self.forget = part, before, part.forget
+        from_context, to_delta, bias = part.weights
+        token_part = part.projected[..., : part.cell.hidden_width]
+        self.hidden, self.slope = activated(
+            token_part + before @ from_context.T, part.cell.activation
+        )
+        self.delta = torch.tanh(F.linear(self.hidden, to_delta, bias))
+        self.reach = (1.0 - self.forget) * (1.0 - self.delta.square())
+
+    def through(self, total: Tensor, part: slice) -> Tensor:
+        """Return what the contexts before some positions get by way of `delta`."""
+        from_context, to_delta, _ = self.part.weights
+        pulled = ((total * self.reach[part]) @ to_delta).mul_(self.slope[part]) @ from_context
+        return pulled if self.part.keep is None else pulled.mul_(self.part.keep[part])
+
+    def gradients(self, total: Tensor) -> tuple[Tensor, ...]:
+        """Return those of the first context, the projected tokens and the weights."""
+        from_context, to_delta, _ = self.part.weights
+        to_bias = total * self.reach
+        to_token = (to_bias @ to_delta).mul_(self.slope)
+        first = to_token[0] @ from_context + self.forget[0] * total[0]
+        if self.part.keep is not None:
+            first = first * self.part.keep[0]
+        to_forget, *to_weights = convex_gradients(
+            total, to_bias, to_token, before=self.before, hidden=self.hidden, delta=self.delta
+        )
+        if self.part.real is not None:
+            to_forget = to_forget.masked_fill(~self.part.real, 0.0)
+        return first, torch.cat([to_token, to_forget], dim=-1), *to_weights
+
+
+class _Pull:
+    """What a gradient passes on through one update of any cell, by its graph."""
+
+    def __init__(self, part: _Part, before: Tensor) -> None:
+        self.keep = part.keep
+        with torch.enable_grad():
+            self.before = before.requires_grad_()
+            self.projected = part.projected.detach().requires_grad_()
+            self.weights = tuple(weight.detach().requires_grad_() for weight in part.weights)
+            traced = replace(part, projected=self.projected, weights=self.weights)
+            self.updated = traced.update(self.before)
+
+    def through(self, total: Tensor, part: slice) -> Tensor:
+        """Return what the contexts before some positions get."""
+        whole = torch.zeros_like(self.updated)
+        whole[part] = total
+        (pulled,) = torch.autograd.grad(self.updated, self.before, whole, retain_graph=True)
+        return pulled[part] if self.keep is None else pulled[part] * self.keep[part]
+
+    def gradients(self, total: Tensor) -> tuple[Tensor, ...]:
+        """Return those of the first context, the projected tokens and the weights."""
+        before, projected, *weights = torch.autograd.grad(
+            self.updated,
+            [self.before, self.projected, *self.weights],
+            total,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        first = before[0] if self.keep is None else before[0] * self.keep[0]
+        return first, projected, *weights
 
 
 @torch.no_grad()
@@ -212,13 +602,10 @@ def sweep(
     tolerance: float = 1e-5,
     max_sweeps: int = 128,
     gate_exact: bool | None = None,
-    guess: Tensor | None = None,
 ) -> Swept:
-    """Solve the whole text at once: apply the cell to every position until none moves.
+    """Sweep over a whole text until no position moves, and keep the way there.
 
-    A Jacobi sweep is `c_t <- f(c_{t-1}, x_t)` from the last sweep's contexts; it is exact after T
-    sweeps for any cell. Gate-scan keeps `delta` from the last sweep and treats the gate exactly by
-    an associative scan, so that memory costs no sweeps and only coupling does.
+    For looking: `carry` is for using. A Jacobi sweep is exact after T sweeps for any cell.
 
     Args:
         cell: the update.
@@ -229,50 +616,37 @@ def sweep(
         tolerance: relative change below which a position rests.
         max_sweeps: cap on sweeps.
         gate_exact: gate-scan instead of Jacobi; None is gate-scan wherever the cell allows it.
-        guess: contexts to start from, `[B, T, C]`; None starts from zero.
 
     Raises:
         ValueError: `gate_exact` for a cell whose gate is not separate.
         NonFiniteError: contexts became NaN or infinite.
 
-    Source: parallel solves of nonlinear recurrences, DEER (arXiv:2309.12252) and quasi-DEER
-    (arXiv:2407.19115); gate-scan differs in that the linear part is the cell's own gate.
-
     >>> cell = ConvexCell(4, 3, 5).eval()
     >>> x, zero = torch.ones(1, 9, 3), torch.zeros(1, 4)
-    >>> torch.allclose(sweep(cell, x, zero).contexts, scan(cell, x, zero), atol=1e-4)
+    >>> expected = carry(cell, x, zero, engine="scan").contexts
+    >>> torch.allclose(sweep(cell, x, zero).contexts, expected, atol=1e-4)
     True
     """
     if gate_exact is None:
         gate_exact = cell.separates_gate
-    if gate_exact and not cell.separates_gate:
-        raise ValueError(f"gate-scan needs a separate gate, which {type(cell).__name__} has not")
-    projected, weights = cell.project(x), cell.weights()
-    batch, length, _ = x.shape
-    contexts = initial.new_zeros(batch, length, cell.context_width) if guess is None else guess
-    keep = None if starts is None else (~starts[..., None]).to(x.dtype)
-    forget = projected[..., -cell.context_width :]
-    if real is not None:
-        forget = forget.masked_fill(~real[..., None], 1.0)
+    _require_separate_gate(cell, "gate-scan" if gate_exact else "jacobi")
+    part = _Part.make(
+        cell,
+        cell.weights(),
+        cell.project(x).transpose(0, 1).contiguous(),
+        None if starts is None else (~starts.T[..., None]).to(x.dtype),
+        None if real is None else real.T[..., None],
+        gate_exact=gate_exact,
+    )
+    contexts = initial.new_zeros(*part.projected.shape[:2], cell.context_width)
     curve: list[Tensor] = []
-    residual = x.new_zeros(batch, length)
-    for number in range(1, max_sweeps + 1):
-        before = torch.cat([initial[:, None], contexts[:, :-1]], dim=1)
-        if keep is not None:
-            before = before * keep
-        if gate_exact:
-            delta = cell.search_map(before, projected, weights)
-            decay = forget if keep is None else forget * keep
-            updated = linear_scan(decay, (1.0 - forget) * delta, initial)
-        else:
-            updated = cell.update(before, projected, weights)
-            if real is not None:
-                updated = torch.where(real[..., None], updated, before)
-        distance = (updated - contexts).norm(dim=-1)
-        residual = distance / updated.norm(dim=-1).clamp(min=_TINY)
+    residual = x.new_zeros(x.shape[1], len(x))
+    while len(curve) < max_sweeps:
+        updated = part.sweep(contexts, initial)
+        residual = measure(updated, contexts, "residual")
         if not torch.isfinite(residual).all():
             raise NonFiniteError(
-                f"contexts must stay finite, got NaN or infinity in sweep {number} of "
+                f"contexts must stay finite, got NaN or infinity in sweep {len(curve) + 1} of "
                 f"{max_sweeps}; lower the learning rate or check the weights"
             )
         contexts = updated
@@ -282,32 +656,46 @@ def sweep(
         if curve[-1][-1] < tolerance:
             break
     return Swept(
-        contexts=contexts,
-        residual=residual,
+        contexts=contexts.transpose(0, 1),
+        residual=residual.T,
         curve=torch.stack(curve).cpu(),
         converged=bool(curve[-1][-1] < tolerance),
     )
 
 
 def linear_scan(decay: Tensor, source: Tensor, initial: Tensor) -> Tensor:
-    """Return `c_t = decay_t * c_{t-1} + source_t` for all `t` in about `log2(T)` products.
+    """Return `c_t = decay_t * c_{t-1} + source_t` for all `t`, time-major.
 
-    All `[B, T, C]`, `initial` `[B, C]`.
+    All `[T, ...]`, `initial` `[...]`. Blocks of positions are run side by side, then their ends are
+    joined by the same function: about two products and sums a position and `16 log_16 T` steps. No
+    logarithm or division, so gates of exactly 0 and 1 are exact.
 
-    Source: Hillis and Steele 1986, "Data parallel algorithms"; no logarithm or division, so gates
-    of exactly 0 and 1 are exact.
+    Source: Blelloch 1990, "Prefix sums and their applications".
 
-    >>> half = torch.full((1, 3, 1), 0.5)
-    >>> linear_scan(half, torch.ones(1, 3, 1), torch.zeros(1, 1)).flatten()
+    >>> half = torch.full((3, 1), 0.5)
+    >>> linear_scan(half, torch.ones(3, 1), torch.zeros(1)).flatten()
     tensor([1.0000, 1.5000, 1.7500])
     """
-    source = torch.cat([source[:, :1] + decay[:, :1] * initial[:, None], source[:, 1:]], dim=1)
-    length, stride = source.shape[1], 1
-    while stride < length:
-        reached = source[:, stride:] + decay[:, stride:] * source[:, :-stride]
-        source = torch.cat([source[:, :stride], reached], dim=1)
-        if 2 * stride < length:
-            chained = decay[:, stride:] * decay[:, :-stride]
-            decay = torch.cat([decay[:, :stride], chained], dim=1)
-        stride *= 2
-    return source
+    length = len(source)
+    wide = initial.numel() >= _WIDE_POSITION and not source.is_cuda
+    if wide or length <= 2 * _BLOCK:
+        found = torch.empty_like(source)
+        context = initial
+        for decay_t, source_t, found_t in zip(
+            decay.unbind(), source.unbind(), found.unbind(), strict=True
+        ):
+            context = torch.addcmul(source_t, decay_t, context, out=found_t)
+        return found
+    even = length - length % _BLOCK
+    kept = decay[:even].unflatten(0, (-1, _BLOCK)).transpose(0, 1).contiguous()
+    found = source[:even].unflatten(0, (-1, _BLOCK)).transpose(0, 1).contiguous()
+    kept_rows, rows = kept.unbind(), found.unbind()
+    for i in range(1, _BLOCK):
+        rows[i].addcmul_(kept_rows[i], rows[i - 1])
+        kept_rows[i].mul_(kept_rows[i - 1])
+    ends = linear_scan(kept_rows[-1], rows[-1], initial)
+    found.addcmul_(kept, torch.cat([initial[None], ends[:-1]]))
+    joined = found.transpose(0, 1).flatten(0, 1)
+    if even == length:
+        return joined
+    return torch.cat([joined, linear_scan(decay[even:], source[even:], joined[-1])])

@@ -27,7 +27,7 @@ from .evaluate import token_verdict
 from .measurements import effective_rank, mean_cosine
 from .model import NewLLM
 from .phase1 import SEED_SOLVER, train, train_repetition, train_residual_literal
-from .recurrence import scan
+from .scan import scan
 from .specimens import examine
 
 # GPT-2's vocabulary and two role tokens: what the documents' token ids speak of
