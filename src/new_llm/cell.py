@@ -267,7 +267,8 @@ class ConvexCell(ContextCell):
     `q2 = Lip(phi) * norm2(W_d) * norm2(W_c)` is kept under `coupling_limit` by scaling both
     matrices. With `q2 < 1` the fixed point of a token exists, is unique, does not depend on
     `forget`, and iterating `delta` finds it at rate `q2` (Banach). No norm touches the carried
-    context: it would multiply the Jacobian and undo the damping.
+    context: it would multiply the Jacobian and undo the damping. `certified` keeps the larger of
+    `q2` and `q_inf` under the limit, which proves that gate-scan contracts too; it is far stricter.
 
     Source: gates from the token alone, minGRU (arXiv:2410.01201); spectral parametrisation by
     power iteration (arXiv:1802.05957), here of a subspace and on the product of two norms.
@@ -291,12 +292,14 @@ class ConvexCell(ContextCell):
         activation: str = "silu",
         forget_max: float = 0.999,
         longest_timescale: float = 300.0,
+        certified: bool = False,
     ) -> None:
         super().__init__()
         self.context_width = context_width
         self.embedding_width = embedding_width
         self.hidden_width = hidden_width
         self.coupling_limit = coupling_limit
+        self.certified = certified
         self.activation = activation
         self.forget_max = forget_max
         self.from_token = nn.Linear(embedding_width, hidden_width)
@@ -315,8 +318,10 @@ class ConvexCell(ContextCell):
         nn.init.zeros_(self.from_token.bias)
         # orthogonal: Gaussian weights at the same q2 leave delta nearly blind to the context
         start = min(self.coupling_limit, LARGEST_INITIAL_COUPLING) / LIPSCHITZ[self.activation]
-        nn.init.orthogonal_(self.from_context.weight, gain=math.sqrt(start))
-        nn.init.orthogonal_(self.to_delta.weight, gain=math.sqrt(start) if start else 1.0)
+        # certified: dense rows would have a q_inf of hundreds, one number a row has that of q2
+        draw = _signed_permutation_ if self.certified else nn.init.orthogonal_
+        draw(self.from_context.weight, gain=math.sqrt(start))
+        draw(self.to_delta.weight, gain=math.sqrt(start) if start else 1.0)
         nn.init.zeros_(self.to_delta.bias)
         nn.init.normal_(self.to_forget.weight, std=0.02)
         timescale = torch.logspace(0.0, math.log10(longest_timescale), self.context_width)
@@ -362,8 +367,11 @@ class ConvexCell(ContextCell):
         if self.coupling_limit == 0.0:
             from_context = torch.zeros_like(self.from_context.weight)
             return from_context, self.to_delta.weight, self.to_delta.bias
-        q2 = LIPSCHITZ[self.activation] * norms[0] * norms[1]
-        scale = (self.coupling_limit / q2.clamp(min=self.coupling_limit)).sqrt()
+        coupling = LIPSCHITZ[self.activation] * norms[0] * norms[1]
+        if self.certified:
+            given = (self.from_context.weight, self.to_delta.weight, self.to_delta.bias)
+            coupling = torch.maximum(coupling, self.sup_coupling(given))
+        scale = (self.coupling_limit / coupling.clamp(min=self.coupling_limit)).sqrt()
         return self.from_context.weight * scale, self.to_delta.weight * scale, self.to_delta.bias
 
     @torch.no_grad()
@@ -419,3 +427,12 @@ class ConvexCell(ContextCell):
         # row sums of the product of absolute values, without the product
         rows = to_delta.abs() @ from_context.abs().sum(dim=1)
         return LIPSCHITZ[self.activation] * rows.amax()
+
+
+@torch.no_grad()
+def _signed_permutation_(weight: Tensor, *, gain: float) -> None:
+    """Set rows of a scaled identity, shuffled, with random signs."""
+    size = max(weight.shape)
+    signs = torch.randint(0, 2, (size,)) * 2.0 - 1.0
+    whole = gain * torch.diag(signs)[torch.randperm(size)]
+    weight.copy_(whole[: weight.shape[0], : weight.shape[1]])

@@ -79,6 +79,8 @@ class ModelConfig:
     """Smooth activation of ConvexCell, of known Lipschitz constant."""
     coupling_limit: float = 0.95
     """ConvexCell keeps q2 = Lip(phi) * norm2(W_d) * norm2(W_c) under this; 0 means W_c = 0."""
+    certified: bool = False
+    """ConvexCell keeps q_inf under the limit too, which proves that gate-scan contracts."""
     forget_max: float = 0.999
     """Largest value of ConvexCell's forget gate."""
     longest_timescale: float = 300.0
@@ -102,6 +104,9 @@ class ModelConfig:
             _require(self, "num_layers", self.num_layers == 1, "1 for the convex cell")
             _require(self, "dropout", self.dropout == 0.0, "0 for the convex cell")
             _require(self, "clip", self.clip is None, "none for the convex cell")
+        if self.certified:
+            _require(self, "certified", self.cell == "convex", "for the convex cell only")
+            _require(self, "coupling_limit", self.coupling_limit < 1.0, "below 1, if certified")
         if self.scope == "token":
             _require(self, "num_blocks", self.num_blocks == 1, "1 in token scope")
 
@@ -269,6 +274,8 @@ class Phase2Config:
     """Weight of the contraction hinge on pairs of contexts, kept from Phase 1."""
     contractive: float = 0.1
     """Weight of Phase 1's `contractive` objective, kept on a sample of single tokens."""
+    engine: Literal["auto", "scan", "gate-scan", "jacobi"] = "auto"
+    """How contexts are carried through a text; `auto` measures the coupling and says why."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the large matrix products; contexts are float32 always."""
     loss_chunk: int = 1024

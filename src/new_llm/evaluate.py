@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from .doctor import (
 from .errors import DataError
 from .measurements import Map, lyapunov_exponent, read_back
 from .model import NewLLM, solve_tokens, token_losses
-from .recurrence import sweep
+from .recurrence import Engine, sweep
 
 # positions of held-out dialogues that sequence verdicts look at
 DIAGNOSED_SEQUENCES, DIAGNOSED_LENGTH = 8, 512
@@ -87,9 +87,13 @@ def evaluate(
     *,
     batch_size: int = 16,
     segment_length: int = 512,
+    engine: Engine | Literal["auto"] = "auto",
     advance: Advance | None = None,
 ) -> Evaluation:
     """Return the losses of a model on all dialogues of a store, contexts carried, dropout off.
+
+    Memory does not grow with the length of a dialogue: segments follow one another, and their
+    contexts are carried.
 
     Raises:
         DataError: no token can be predicted.
@@ -104,8 +108,10 @@ def evaluate(
     )
     device = model.embedding.weight.device
     context = model.initial_context(min(batch_size, store.num_dialogues))
+    weights = model.weights()
     nats = assistant_nats = 0.0
     count = assistant_count = correct = 0
+    engines = None
     for index in range(stream.num_segments):
         segment = stream.segment(0, index)
         ids, targets, counts, starts, real, assistant = (
@@ -119,7 +125,9 @@ def evaluate(
                 segment.assistant,
             )
         )
-        output = model(ids, context, starts=starts, real=real)
+        if engines is None and model.config.scope == "sequence":
+            engines = [choice.engine for choice in model.choose_engines(ids, engine=engine)]
+        output = model(ids, context, starts=starts, real=real, weights=weights, engines=engines)
         context = output.context
         scored = token_losses(
             output.features[counts],

@@ -6,7 +6,7 @@ Axes: `B` sequences, `T` positions, `K` blocks, `C` context width, `E` embedding
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .cell import ContextCell, ConvexCell, LayerwiseCell, SequentialCell, Weights
 from .config import ModelConfig, SolverConfig
 from .fixed_point import FixedPoint, solve
+from .recurrence import Carried, Choice, Engine, carry, choose
 from .scan import scan
 
 
@@ -31,6 +32,7 @@ def build_cell(config: ModelConfig) -> ContextCell:
             activation=config.activation,
             forget_max=config.forget_max,
             longest_timescale=config.longest_timescale,
+            certified=config.certified,
         )
     seed_cell = SequentialCell if config.cell == "sequential" else LayerwiseCell
     return seed_cell(
@@ -95,6 +97,12 @@ class ModelOutput:
     """Normalised stream before the vocabulary, `[B, T, E]`."""
     context: Tensor
     """Context after the last position, `[B, K, C]`."""
+    carried: tuple[Carried, ...] = ()
+    """How each block's contexts were found, where they were not known already."""
+
+
+# positions of one text that measure how many sweeps gate-scan takes
+_MEASURED_LENGTH = 128
 
 
 class NewLLM(nn.Module):
@@ -168,6 +176,7 @@ class NewLLM(nn.Module):
         real: Tensor | None = None,
         contexts: Tensor | None = None,
         weights: Sequence[Weights] | None = None,
+        engines: Sequence[Engine] | None = None,
     ) -> ModelOutput:
         """Read token ids and return features and the context that follows.
 
@@ -178,31 +187,69 @@ class NewLLM(nn.Module):
             real: False at padding, on either side, `[B, T]` bool; padding holds the context.
             contexts: contexts after each position, already known, `[B, T, K, C]`.
             weights: `weights()`, where a loop of calls took them once.
+            engines: how each block carries its context; None is scan.
         """
         if context is None:
             context = self.initial_context(len(ids))
         if contexts is None and self.config.scope == "token":
             contexts = self.rest(ids, self.search_distinct(ids))
         h = self.embed(ids)
-        last = []
+        last, carried = [], []
         for k, block in enumerate(self._blocks()):
             if contexts is None:
-                taken = None if weights is None else weights[k]
-                after = scan(
+                found = carry(
                     block.cell,
                     block.norm(h),
                     context[:, k],
+                    engine="scan" if engines is None else engines[k],
                     starts=starts,
                     real=real,
-                    weights=taken,
+                    weights=None if weights is None else weights[k],
                 )
+                carried.append(found)
+                after = found.contexts
             else:
                 after = contexts[:, :, k]
                 if real is not None:
                     after = _hold(after, context[:, k], real)
             last.append(after[:, -1])
             h = block.read(h, after)
-        return ModelOutput(features=self.final_norm(h), context=torch.stack(last, dim=1))
+        return ModelOutput(
+            features=self.final_norm(h),
+            context=torch.stack(last, dim=1),
+            carried=tuple(carried),
+        )
+
+    @torch.no_grad()
+    def choose_engines(
+        self, ids: Tensor, *, engine: Engine | Literal["auto"] = "auto"
+    ) -> list[Choice]:
+        """Choose how each block carries its context through texts like `ids`, `[B, T]`.
+
+        `auto` solves the first positions of the first text by gate-scan and counts the sweeps.
+        """
+        blocks = self._blocks()
+        if engine != "auto":
+            return [Choice(engine=engine, why="asked for") for _ in blocks]
+        h = self.embed(ids[:1, :_MEASURED_LENGTH])
+        context = self.initial_context(1)
+        choices = []
+        for k, block in enumerate(blocks):
+            x, num_sweeps = block.norm(h), None
+            if block.cell.separates_gate:
+                found = carry(block.cell, x, context[:, k], engine="gate-scan")
+                num_sweeps = found.sweeps.num_sweeps
+                h = block.read(h, found.contexts)
+            choices.append(
+                choose(
+                    block.cell,
+                    device=ids.device.type,
+                    batch=ids.shape[0],
+                    length=ids.shape[1],
+                    num_sweeps=num_sweeps,
+                )
+            )
+        return choices
 
     def stream_contexts(
         self,

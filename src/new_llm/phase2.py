@@ -28,6 +28,7 @@ from .errors import NonFiniteError
 from .evaluate import Evaluation, evaluate, head
 from .model import NewLLM, token_losses
 from .phase1 import contractive_loss, pair_hinge
+from .recurrence import Engine
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -155,9 +156,12 @@ def train(
         context = state.tensors["context"].to(context.device)
     trainer = _Trainer(model, data, config, phase1, optimiser, context, seed)
     trainer.restore_rows(state)
+    if state is not None:
+        trainer.engines = state.values["engines"]
 
     def save() -> None:
-        values = {"step": step, "tokens_seen": tokens_seen, "drift": drift}
+        values = {"step": step, "tokens_seen": tokens_seen, "drift": drift,
+                  "engines": trainer.engines}  # fmt: skip
         state = TrainingState(tensors=trainer.tensors(), values=values)
         save_training_state(folder, model, optimiser, state)
 
@@ -174,6 +178,9 @@ def train(
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, segments.num_steps, config)
             segment = segments.at(step)
+            if trainer.engines is None:
+                for k, why in enumerate(trainer.choose_engines(segment)):
+                    console.say(f"block {k + 1}: {why}")
             row = trainer.step(segment, step)
             step += 1
             tokens_seen += int(segment.counts.sum())
@@ -185,6 +192,7 @@ def train(
             if every and step % every == 0 and step < segments.num_steps:
                 result = evaluate(model, held_out, segment_length=data.segment_length)
                 _log_evaluation(log, console, result, step, tokens_seen)
+                trainer.engines = None  # the coupling may have grown or shrunk
             if interrupted():
                 save()
                 raise KeyboardInterrupt
@@ -217,13 +225,6 @@ def _interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _diverged(what: str, step: int) -> NonFiniteError:
-    return NonFiniteError(
-        f"Phase 2 stopped in step {step + 1}: {what}; "
-        "lower --phase2.learning-rate and use a new --out"
-    )
-
-
 def _log_evaluation(
     log: Log, console: Console, result: Evaluation, step: int, tokens_seen: int
 ) -> None:
@@ -253,6 +254,7 @@ class _Trainer:
         self.token_ids = np.setdiff1d(np.arange(model.vocab_size), held_out)
         self.context = context
         self.cache = data.cache
+        self.engines: list[Engine] | None = None
         self.rows: Tensor | None = None
         if model.config.scope == "token":
             if data.cache is None:
@@ -290,8 +292,27 @@ class _Trainer:
             return torch.from_numpy(rows).to(ids.device).unflatten(0, ids.shape)
         return None
 
+    def choose_engines(self, segment: Segment) -> list[str]:
+        """Choose how each block carries its context, from now on; return what to say of it."""
+        if self.config.freeze_context or self.rows is not None:
+            self.engines = []
+            return []
+        ids = torch.from_numpy(segment.tokens).to(self.context.device)
+        choices = self.model.choose_engines(ids, engine=self.config.engine)
+        self.engines = [choice.engine for choice in choices]
+        return [f"{choice.engine} ({choice.why})" for choice in choices]
+
     def step(self, segment: Segment, step: int) -> dict[str, float]:
         """Train on one segment; return its losses and the gradient norm."""
+        try:
+            return self._step(segment, step)
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"Phase 2 stopped in step {step + 1}: {error}; with a lower "
+                "--phase2.learning-rate, use a new --out"
+            ) from error
+
+    def _step(self, segment: Segment, step: int) -> dict[str, float]:
         model, config = self.model, self.config
         model.train()
         device = self.context.device
@@ -314,6 +335,7 @@ class _Trainer:
                 starts=starts,
                 real=real,
                 contexts=self._contexts(segment, ids),
+                engines=self.engines or None,
             )
         self.context = output.context.detach()
         # every position that counts is scored, so that both losses are always known
@@ -339,7 +361,7 @@ class _Trainer:
         trained = [p for group in self.optimiser.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(trained, config.gradient_clip).item()
         if not (math.isfinite(value) and math.isfinite(norm)):
-            raise _diverged(f"the loss must stay finite, got {value} (gradient norm {norm})", step)
+            raise NonFiniteError(f"the loss must stay finite, got {value}, gradient norm {norm}")
         self.optimiser.step()
         row = {"loss": scored.nats.mean().item(), "gradient_norm": norm}
         if chosen.any():
@@ -363,10 +385,7 @@ class _Trainer:
         ids = torch.from_numpy(drawn).to(self.context.device)
         # entering evaluation costs ConvexCell a decomposition, and only dropout asks for it
         self.model.train(self.model.config.dropout == 0.0)
-        try:
-            inputs = self.model.search(ids).inputs
-        except NonFiniteError as error:
-            raise _diverged("contexts must stay finite, got NaN or infinity", step) from error
+        inputs = self.model.search(ids).inputs
         self.model.train()
         losses = [
             contractive_loss(cell, x, self.phase1, generator)[0]

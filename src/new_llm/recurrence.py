@@ -104,6 +104,69 @@ class Carried:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Costs:
+    """Microseconds of a device, forward, at `C = H = 256`; `bench engines` measures them."""
+
+    position: float
+    """Of a scan, for each position, however many sequences."""
+    row: float
+    """Of a scan, for each position of each sequence."""
+    swept_row: float
+    """Of a sweep, for each position of each sequence."""
+    sweep: float
+    """Of a sweep over a chunk, however long."""
+
+
+COSTS = {
+    "cpu": Costs(position=21.0, row=5.3, swept_row=2.6, sweep=300.0),
+    "cuda": Costs(position=45.0, row=0.02, swept_row=0.02, sweep=600.0),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """An engine, and why it."""
+
+    engine: Engine
+    why: str
+
+
+def choose(
+    cell: ContextCell, *, device: str, batch: int, length: int, num_sweeps: int | None
+) -> Choice:
+    """Pick scan or gate-scan by what each would cost.
+
+    Args:
+        cell: the update.
+        device: type of the device.
+        batch: sequences side by side.
+        length: positions of a text.
+        num_sweeps: measured sweeps of gate-scan on this cell; None where it was not measured.
+
+    >>> cell = ConvexCell(256, 256, 256)
+    >>> choose(cell, device="cpu", batch=64, length=512, num_sweeps=7).engine
+    'scan'
+    >>> choose(cell, device="cuda", batch=1, length=16384, num_sweeps=7).engine
+    'gate-scan'
+    """
+    if not isinstance(cell, ConvexCell):
+        return Choice(engine="scan", why="the gate of this cell is not separate")
+    if num_sweeps is None or num_sweeps >= MAX_SWEEPS:
+        return Choice(engine="scan", why=f"gate-scan took {num_sweeps} sweeps or more")
+    costs = COSTS.get(device, COSTS["cuda"])
+    scale = cell.context_width * cell.hidden_width / 65536
+    scanned = length * (costs.position + scale * costs.row * batch)
+    chunks = math.ceil(length / max(SMALLEST_CHUNK, CHUNK_ROWS.get(device, 65536) // batch))
+    swept = num_sweeps * (chunks * costs.sweep + scale * costs.swept_row * batch * length)
+    engine: Engine = "gate-scan" if swept < scanned else "scan"
+    return Choice(
+        engine=engine,
+        why=f"{num_sweeps} sweeps of {batch} x {length} positions on {device}: about "
+        f"{swept / 1e3:.1f} ms, scan {scanned / 1e3:.1f} ms",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Part:
     """Some positions of a text, time-major, as sweeps need them."""
 
