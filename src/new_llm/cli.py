@@ -120,6 +120,34 @@ class LabOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """Measure speed and memory against peers in one run: ratios count, absolute figures drift."""
+
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME|all")]
+    """The benchmark."""
+    checkpoint: Path | None = None
+    """A trained model's folder; without one, weights are as the default preset draws them."""
+    data: str | None = None
+    """Dialogues, for benchmarks on real text."""
+    out: Path | None = None
+    """Folder that keeps what is finished, so that the command can be repeated."""
+    lengths: tuple[int, ...] = (64, 512, 2048, 16384)
+    """Positions of a text."""
+    batches: tuple[int, ...] = (1, 8, 64)
+    """Sequences side by side."""
+    tokens: int = 1_000_000
+    """Tokens of the longest text."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where."""
+    threads: int | None = None
+    """Threads of PyTorch; none leaves them as they are."""
+    json: Path | None = None
+    """Also write the rows here."""
+    quiet: bool = False
+    """Show results only, no progress."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportOptions:
     """Write one HTML page of one or several finished runs."""
 
@@ -313,6 +341,36 @@ def _lab(options: LabOptions) -> None:
     _write_json(options.json, rows)
 
 
+def _bench(options: BenchOptions) -> None:
+    import torch
+
+    from .bench import run_bench
+
+    _require_file(options.json)
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ConfigError(f"--threads needs at least 1, got {options.threads}")
+        torch.set_num_threads(options.threads)
+    numbers = (*options.lengths, *options.batches, options.tokens)
+    if min(numbers) < 1 or not options.lengths or not options.batches:
+        raise ConfigError(
+            "--lengths, --batches and --tokens need numbers of at least 1, "
+            f"got {options.lengths}, {options.batches} and {options.tokens}"
+        )
+    rows = run_bench(
+        options.name,
+        console=Console(quiet=options.quiet),
+        out=options.out,
+        checkpoint=options.checkpoint,
+        data=options.data,
+        lengths=tuple(sorted(options.lengths)),
+        batches=tuple(sorted(options.batches)),
+        tokens=options.tokens,
+        device=options.device,
+    )
+    _write_json(options.json, rows)
+
+
 def _report(options: ReportOptions) -> None:
     from .report import write_report
 
@@ -357,6 +415,7 @@ COMMANDS = {
     "evaluate": Command(EvaluateOptions, _evaluate),
     "doctor": Command(DoctorOptions, _doctor),
     "lab": Command(LabOptions, _lab),
+    "bench": Command(BenchOptions, _bench),
     "report": Command(ReportOptions, _report),
 }
 
@@ -372,6 +431,7 @@ Language models whose memory of a text is one vector that settles at a fixed poi
   evaluate CKPT --data PATH           loss, perplexity, bits per byte, accuracy
   doctor CKPT [--data PATH]           are the fixed points real? measurements and verdict
   lab NAME|all                        an experiment of the founding documents
+  bench NAME|all [--checkpoint CKPT]  speed and memory against peers, as ratios of one run
   report DIR... --out FILE            one HTML page of one or several runs
 
 presets: {presets}

@@ -11,9 +11,12 @@ from .checkpoint import Checkpoint, load_tensors, save_tensors
 from .config import SEEDS, SampleConfig
 from .errors import CheckpointError, DataError, NonFiniteError
 from .model import NewLLM
+from .stepper import Stepper
 
 # tokens of a prompt that are read at once: bounds memory at any length of the prompt
 _PROMPT_CHUNK = 1024
+# a table of the vocabulary is made for texts of this share of it
+_TABLE_SHARE = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,19 +114,35 @@ def stream(
     seen = None
     if config.repetition_penalty != 1.0:
         seen = torch.zeros_like(reading.logits, dtype=torch.bool)
-    weights = model.weights()
+    read_on = _reader(model, config.max_new_tokens)
     for _ in range(config.max_new_tokens):
         token = sample(reading.logits.cpu(), config, generator, seen)
         if seen is not None:
             seen[0, token] = True
-        ids = token[:, None].to(reading.context.device)
-        output = model(ids, reading.context, weights=weights)
-        reading = Reading(context=output.context, logits=model.logits(output.features[:, -1]))
+        reading = read_on(reading, int(token))
         if on_reading is not None:
             on_reading(reading)
         if int(token) in stop_ids:
             return
         yield int(token)
+
+
+def _reader(model: NewLLM, num_tokens: int) -> Callable[[Reading, int], Reading]:
+    """Return what reads one more token of one text."""
+    if model.config.scope == "sequence":
+        # a table of the vocabulary is worth its making only to a long text
+        step = Stepper(model, tabled=num_tokens >= model.vocab_size // _TABLE_SHARE)
+
+        def read_on(reading: Reading, token: int) -> Reading:
+            context = reading.context.clone()
+            return Reading(logits=step(token, context)[None], context=context)
+
+        return read_on
+
+    def read_again(reading: Reading, token: int) -> Reading:
+        return read(model, torch.tensor([[token]], device=reading.context.device), reading.context)
+
+    return read_again
 
 
 def generate(checkpoint: Checkpoint, prompt: str, config: SampleConfig) -> str:

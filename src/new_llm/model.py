@@ -141,7 +141,7 @@ class NewLLM(nn.Module):
 
     def cells(self) -> list[ContextCell]:
         """Return the cell of each block."""
-        return [block.cell for block in self._blocks()]
+        return [block.cell for block in self.stages()]
 
     def weights(self) -> list[Weights]:
         """Return the weights of each block's cell, limits applied: once for a loop of calls."""
@@ -149,9 +149,10 @@ class NewLLM(nn.Module):
 
     def read_outs(self) -> list[list[nn.Module]]:
         """Return the read-out modules of each block."""
-        return [block.read_out() for block in self._blocks()]
+        return [block.read_out() for block in self.stages()]
 
-    def _blocks(self) -> list[Block]:
+    def stages(self) -> list[Block]:
+        """Return the blocks, in the order in which a text passes them."""
         return [block for block in self.blocks if isinstance(block, Block)]
 
     def initial_context(self, batch: int) -> Tensor:
@@ -195,7 +196,7 @@ class NewLLM(nn.Module):
             contexts = self.rest(ids, self.search_distinct(ids))
         h = self.embed(ids)
         last, carried = [], []
-        for k, block in enumerate(self._blocks()):
+        for k, block in enumerate(self.stages()):
             if contexts is None:
                 found = carry(
                     block.cell,
@@ -228,7 +229,7 @@ class NewLLM(nn.Module):
 
         `auto` solves the first positions of the first text by gate-scan and counts the sweeps.
         """
-        blocks = self._blocks()
+        blocks = self.stages()
         if engine != "auto":
             return [Choice(engine=engine, why="asked for") for _ in blocks]
         h = self.embed(ids[:1, :_MEASURED_LENGTH])
@@ -262,7 +263,7 @@ class NewLLM(nn.Module):
         """Return what each block's cell reads, `[B, T, E]`, and its contexts, `[B, T, C]`."""
         h = self.embed(ids)
         inputs, contexts = [], []
-        for k, block in enumerate(self._blocks()):
+        for k, block in enumerate(self.stages()):
             inputs.append(block.norm(h))
             contexts.append(scan(block.cell, inputs[-1], context[:, k], starts=starts, real=real))
             h = block.read(h, contexts[-1])
@@ -277,7 +278,7 @@ class NewLLM(nn.Module):
         solver = solver or self.solver
         h = self.embed(ids)
         found, inputs = [], []
-        for block in self._blocks():
+        for block in self.stages():
             x = block.norm(h)
             initial = h.new_zeros(len(ids), self.config.context_width)
             point = solve_tokens(block.cell, x, initial, solver)
@@ -297,7 +298,7 @@ class NewLLM(nn.Module):
 
         Source: the one-step (Jacobian-free) gradient, Fung et al. 2022 (arXiv:2103.12803).
         """
-        block = self._blocks()[0]
+        block = self.stages()[0]
         x = block.norm(self.embed(ids))
         return block.cell(delivered.detach()[:, :, 0], x)[:, :, None]
 
