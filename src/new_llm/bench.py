@@ -10,7 +10,7 @@ import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -67,7 +67,7 @@ class Bench:
 
 
 def interleaved(
-    cases: dict[str, Callable[[], object]], *, repeats: int = _REPEATS, device: str = "cpu"
+    cases: Mapping[str, Callable[[], object]], *, repeats: int = _REPEATS, device: str = "cpu"
 ) -> dict[str, float]:
     """Return the median seconds of functions that take turns, after one call of each.
 
@@ -309,7 +309,7 @@ def token_scope(bench: Bench) -> Rows:
             "torchdeq, plain iteration": partial(theirs, kind="fixed_point_iter"),
             "torchdeq, Anderson": partial(theirs, kind="anderson"),
         }
-        found = {}
+        found: dict[str, dict[str, Any]] = {}
         for way, run in ways.items():
             found[way] = _reach(partial(_searched, run), exact)
         reached = {way: one for way, one in found.items() if one["error"] <= _ASKED_ERROR}
@@ -318,7 +318,7 @@ def token_scope(bench: Bench) -> Rows:
             repeats=3,
         )
         for way, one in found.items():
-            seconds = timed.get(way, one["seconds"])
+            seconds: float = float(timed[way] if way in timed else one["seconds"])
             rows.append(
                 {
                     "cell": name, "solver": way, **one, "seconds": seconds,
@@ -432,7 +432,7 @@ def _gpt2_tokens(model: Any, length: int) -> Iterator[int]:
     found = model(ids, use_cache=True)
     while True:
         token = found.logits[:, -1:].argmax(dim=-1)
-        found = model(token, past_key_values=found.past_key_values, use_cache=True)
+        found = model(token, cache=found.past_key_values, use_cache=True)
         yield int(token)
 
 

@@ -26,6 +26,8 @@ from .scan import scan
 _VARIANCE_FLOOR = 1e-4
 # share of a context's size that separates the contexts of a near pair
 _NEAR = 0.05
+# width up to which the hinge has the weight that is configured
+_HINGE_WIDTH = 256
 Log = Callable[[dict[str, Any]], None]
 
 
@@ -272,7 +274,9 @@ def contractive_loss(
     variance, covariance = spread_terms(moved, size)
     loss = config.variance_weight * variance + config.covariance_weight * covariance
     if not spread_only:
-        loss = loss + config.hinge_weight * hinge + config.residual_weight * residual
+        # wide cells keep a slow direction for a few tokens at the weight that is enough for others
+        weight = config.hinge_weight * max(1.0, cell.context_width / _HINGE_WIDTH)
+        loss = loss + weight * hinge + config.residual_weight * residual
     terms = {"residual": residual, "factor": ratios.max(), "variance": variance,
              "covariance": covariance}  # fmt: skip
     return loss, {name: value.item() for name, value in terms.items()}

@@ -36,6 +36,8 @@ CHUNK_ROWS = {"cpu": 2048, "cuda": 65536}
 _BLOCK = 16
 # from this many numbers a position, blocks save no time on a CPU
 _WIDE_POSITION = 8192
+# single positions may settle more slowly than the largest change of all: none is trusted with less
+_LEAST_RATE = 0.25
 # ratio of changes that is assumed while there is only one
 _ASSUMED_RATE = 0.5
 # ratio from which more sweeps would be as slow as the scan
@@ -419,6 +421,8 @@ class _Progress:
         self.num_sweeps = 0
         self.work = 0
         self.residual = float("inf")
+        self.distance = 0.0
+        """Relative distance to the end, the largest of the positions that rest."""
         self._largest: list[float] = []
 
     @property
@@ -429,18 +433,23 @@ class _Progress:
         return max(ratios) if ratios else _ASSUMED_RATE
 
     @property
-    def distance(self) -> float:
-        """Relative distance to the end, from the proved rate where there is one."""
-        rate = self.rate if self.settings.bound is None else self.settings.bound
-        if self.residual == 0.0:
-            return 0.0
-        return self.residual * rate / (1.0 - rate) if rate < 1.0 else float("inf")
+    def factor(self) -> float:
+        """What a change is multiplied by to bound the distance that is left."""
+        rate = max(self.rate, _LEAST_RATE) if self.settings.bound is None else self.settings.bound
+        return rate / (1.0 - rate) if rate < 1.0 else float("inf")
 
-    @property
-    def limit(self) -> float:
-        """Relative change under which a position has come to rest."""
-        rate = self.rate if self.settings.bound is None else self.settings.bound
-        return self.settings.tolerance * (1.0 - rate) / max(rate, _TINY) if rate < 1.0 else 0.0
+    def rest(self, relative: Tensor) -> int:
+        """Return how many leading positions have come to rest, and remember how near they are.
+
+        A position whose past rests has read it: it is as near as its own change says.
+        """
+        limit = self.settings.tolerance / max(self.factor, _TINY)
+        moving = (relative >= limit) if limit > 0.0 else (relative > 0.0)
+        count = int((moving.cumsum(dim=0) == 0).sum())
+        largest = relative[:count].amax().item() if count else 0.0
+        if largest > 0.0:
+            self.distance = max(self.distance, largest * self.factor)
+        return count
 
     def look(self, updated: Tensor, old: Tensor, what: str) -> Tensor:
         """Take note of a sweep; return the relative change of each position, `[T]`."""
@@ -473,12 +482,6 @@ class _Progress:
         sweeps.work += self.work
 
 
-def _num_rested(relative: Tensor, limit: float) -> int:
-    """Return how many leading positions have come to rest, `[T]` to a number."""
-    moving = (relative >= limit) if limit > 0.0 else (relative > 0.0)
-    return int((moving.cumsum(dim=0) == 0).sum())
-
-
 def _solve(
     part: _Part,
     initial: Tensor,
@@ -506,8 +509,7 @@ def _solve(
         updated = left.sweep(contexts[rested:], start)
         relative = progress.look(updated, contexts[rested:], "contexts")
         contexts[rested:] = updated
-        # a position whose past rests has read it: it is as near as its own change says
-        rested += _num_rested(relative, progress.limit)
+        rested += progress.rest(relative)
     progress.note(sweeps)
     if rested == len(part):
         sweeps.residual = max(sweeps.residual, progress.residual)
@@ -569,7 +571,7 @@ def _adjoint(
             source = linear_scan(decay[:moving].flip(0), source.flip(0), rests).flip(0)
         relative = progress.look(source, total[:moving], "gradients")
         total[:moving] = source
-        moving -= _num_rested(relative.flip(0), progress.limit)
+        moving -= progress.rest(relative.flip(0))
     progress.note(sweeps)
     if moving == 0:
         sweeps.residual = max(sweeps.residual, progress.residual)
