@@ -242,6 +242,10 @@ def sweeps(bench: Bench) -> Rows:
     rows: Rows = []
     length = 64
     while length <= longest:
+        with torch.no_grad():
+            engines: list[Engine] = ["gate-scan"] * len(model.stages())
+            zeros, ids = model.initial_context(1), text[None, :length]
+            apart = model.audit(ids, zeros, model(ids, zeros, engines=engines).carried)
         h = model.embed(text[None, :length])
         for k, block in enumerate(model.stages()):
             with torch.no_grad():
@@ -261,6 +265,7 @@ def sweeps(bench: Bench) -> Rows:
                     "error, in chunks": _error(chunked.contexts, exact),
                     "fallbacks, in chunks": sum(chunked.sweeps.fallbacks.values()),
                     "work, in chunks": chunked.sweeps.work / length,
+                    "stack, audited": apart,
                 }
             )  # fmt: skip
         length *= 4
@@ -330,6 +335,7 @@ def token_scope(bench: Bench) -> Rows:
 
 
 _ASKED_ERROR = 1e-5
+_GPT2_IDS = 50257
 _DEQ_ITERATIONS = 1000
 
 
@@ -526,7 +532,8 @@ def memory(bench: Bench) -> Rows:
         row: dict[str, Any] = {"T": length, "B": 1}
         for name in ("convex, scan", "convex, gate-scan", "layerwise, scan", "GPT block", "LSTM"):
             row[name] = _apart(_train_memory, bench, (name, length))["grown_mib"]
-        row["GPT block, times scan"] = row["GPT block"] / row["convex, scan"]
+        ours = row["convex, scan"]
+        row["GPT block, times scan"] = row["GPT block"] / ours if ours else None
         rows.append(row)
     return rows
 
@@ -570,7 +577,8 @@ def _model(bench: Bench) -> NewLLM:
         else:
             config = preset("convex")
             torch.manual_seed(0)
-            bench.kept["model"] = NewLLM(config.model, config.data.vocab_size, config.solver)
+            shape = replace(config.model, **_widths(bench.width))
+            bench.kept["model"] = NewLLM(shape, config.data.vocab_size, config.solver)
     return bench.kept["model"].to(bench.device).eval()
 
 
@@ -600,15 +608,21 @@ def _long_text(bench: Bench, model: NewLLM, length: int) -> Tensor:
     return text.repeat(times)[:length].to(bench.device)
 
 
+def _widths(width: int) -> dict[str, Any]:
+    return dict.fromkeys(("context_width", "embedding_width", "hidden_width"), width)
+
+
 def _cured(name: str, bench: Bench) -> NewLLM:
     """Return a model whose cell Phase 1 trained, with GPT-2's vocabulary."""
     own = preset("convex" if name == "convex" else "layerwise")
     layers = 1 if name == "convex" else 2
-    widths = dict.fromkeys(("context_width", "embedding_width", "hidden_width"), bench.width)
     torch.manual_seed(0)
-    shape = replace(own.model, cell=name, num_blocks=1, num_layers=layers, mlp_width=0, **widths)
-    model = NewLLM(shape, 50257)
-    ids = torch.arange(0, 50257, 4)
+    shape = replace(
+        own.model, cell=name, num_blocks=1, num_layers=layers, mlp_width=0, **_widths(bench.width)
+    )
+    vocab_size = min(_GPT2_IDS, bench.tokens)
+    model = NewLLM(shape, vocab_size)
+    ids = torch.arange(0, vocab_size, 4)
     train(model, ids, [], own.phase1, seed=0, console=bench.console, log=lambda row: None)
     return model.eval()
 

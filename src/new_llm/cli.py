@@ -135,8 +135,10 @@ class BenchOptions:
     """Positions of a text."""
     batches: tuple[int, ...] = (1, 8, 64)
     """Sequences side by side."""
+    width: int = 256
+    """Width of contexts, embeddings and hidden layers, where no checkpoint decides it."""
     tokens: int = 1_000_000
-    """Tokens of the longest text."""
+    """Tokens of the longest text; ids of `token-scope`, at most GPT-2's."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where."""
     threads: int | None = None
@@ -351,11 +353,11 @@ def _bench(options: BenchOptions) -> None:
         if options.threads < 1:
             raise ConfigError(f"--threads needs at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
-    numbers = (*options.lengths, *options.batches, options.tokens)
+    numbers = (*options.lengths, *options.batches, options.tokens, options.width // 8)
     if min(numbers) < 1 or not options.lengths or not options.batches:
         raise ConfigError(
-            "--lengths, --batches and --tokens need numbers of at least 1, "
-            f"got {options.lengths}, {options.batches} and {options.tokens}"
+            "--lengths, --batches and --tokens need numbers of at least 1, --width of 8, "
+            f"got {options.lengths}, {options.batches}, {options.tokens} and {options.width}"
         )
     rows = run_bench(
         options.name,
@@ -365,6 +367,7 @@ def _bench(options: BenchOptions) -> None:
         data=options.data,
         lengths=tuple(sorted(options.lengths)),
         batches=tuple(sorted(options.batches)),
+        width=options.width,
         tokens=options.tokens,
         device=options.device,
     )

@@ -252,6 +252,50 @@ class NewLLM(nn.Module):
             )
         return choices
 
+    @torch.no_grad()
+    def audit(
+        self,
+        ids: Tensor,
+        context: Tensor,
+        found: Sequence[Carried],
+        *,
+        starts: Tensor | None = None,
+        real: Tensor | None = None,
+        window: int = 128,
+        seed: int = 0,
+    ) -> float:
+        """Return how far contexts of all blocks are from an exact scan of a random window.
+
+        Bounds of an engine hold for a block given what it reads; here each block reads what the
+        exact blocks before it say. The largest relative difference of any block and position.
+
+        Args:
+            ids: token ids, `[B, T]`.
+            context: context before the first position, `[B, K, C]`.
+            found: `carried` of a forward pass over `ids`.
+            starts: as in that pass.
+            real: as in that pass.
+            window: positions that are scanned.
+            seed: of the window's place.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        last = max(ids.shape[1] - window, 0)
+        begin = int(torch.randint(last + 1, (), generator=generator))
+        part = slice(begin, begin + window)
+        contexts = [one.contexts for one in found]
+        if begin > 0:
+            context = torch.stack([one[:, begin - 1] for one in contexts], dim=1)
+        _, exact = self.stream_contexts(
+            ids[:, part],
+            context,
+            starts=None if starts is None else starts[:, part],
+            real=None if real is None else real[:, part],
+        )
+        return max(
+            ((one[:, part] - truth).norm(dim=-1) / truth.norm(dim=-1).clamp(min=1e-6)).max().item()
+            for one, truth in zip(contexts, exact, strict=True)
+        )
+
     def stream_contexts(
         self,
         ids: Tensor,

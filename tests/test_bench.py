@@ -1,0 +1,86 @@
+"""The benchmarks as a user runs them, at a size of seconds; what they claim is not tested here."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from new_llm.baselines import GPTBlock, MinGRU
+from new_llm.bench import BENCHES
+from new_llm.cli import main
+
+SMALL = "--lengths 16 64 --batches 1 2 --tokens 12000 --width 64 --quiet".split()
+
+
+@pytest.mark.parametrize("name", sorted(set(BENCHES) - {"token-scope", "document", "memory"}))
+def test_a_benchmark_writes_rows_versions_and_threads(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bench.json"
+    given = ["bench", name, *SMALL, "--out", str(tmp_path / "kept"), "--json", str(path)]
+    assert main(given) == 0
+    found = json.loads(path.read_text())[name]
+    assert found["rows"] and found["threads"] == torch.get_num_threads()
+    assert found["versions"]["torch"] == torch.__version__
+    assert name in capsys.readouterr().out
+    # what is kept is not measured again
+    (kept,) = (tmp_path / "kept").iterdir()
+    kept.write_text(kept.read_text().replace("cpu", "another"))
+    assert main(given) == 0
+    assert json.loads(path.read_text())[name]["device"] == "another"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["token-scope", "document", "memory"])
+def test_a_long_benchmark_too(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    small = "--lengths 1024 --tokens 2000 --width 32 --quiet".split()
+    assert main(["bench", name, *small, "--json", str(path)]) == 0
+    assert json.loads(path.read_text())[name]["rows"]
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (["nothing"], "a benchmark is one of"),
+        (["engines", "--threads", "0"], "at least 1"),
+        (["engines", "--lengths", "0"], "at least 1"),
+        (["sweeps", "--checkpoint", "nowhere"], "nowhere"),
+        pytest.param(
+            ["engines", "--device", "cuda"], "GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)  # fmt: skip
+def test_a_mistake_gets_one_clear_error(
+    given: list[str], wanted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *given, "--quiet"]) == 2
+    assert wanted in capsys.readouterr().err
+
+
+def test_min_gru_is_its_recurrence_with_gradients() -> None:
+    torch.manual_seed(0)
+    layer = MinGRU(5).double()
+    x = torch.randn(2, 70, 5, dtype=torch.float64, requires_grad=True)
+    candidate, gate = layer.both(x).chunk(2, dim=-1)
+    context, contexts = torch.zeros(2, 5).double(), []
+    for t in range(70):
+        share = torch.sigmoid(gate[:, t])
+        context = (1 - share) * context + share * candidate[:, t]
+        contexts.append(context)
+    expected, found = torch.stack(contexts, dim=1), layer(x)
+    torch.testing.assert_close(found, expected)
+    weight = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).view_as(found)
+    wanted = torch.autograd.grad((expected * weight).sum(), [x, *layer.parameters()])
+    got = torch.autograd.grad((found * weight).sum(), [x, *layer.parameters()])
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_gpt_block_sees_no_later_position() -> None:
+    block, x = GPTBlock(8, num_heads=2), torch.randn(1, 6, 8)
+    before = block(x)[:, :4]
+    x[:, 4:] += 1.0
+    torch.testing.assert_close(block(x)[:, :4], before)
