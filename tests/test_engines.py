@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
+import torch._inductor.config
 
 from helpers import small_model, store_of
 from new_llm.cell import ConvexCell
@@ -134,6 +136,29 @@ def test_the_stepper_is_the_model(cell: str, changes: dict[str, object], tabled:
         expected = read(model, ids[:, : t + 1])
         torch.testing.assert_close(logits, expected.logits[0], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(context, expected.context, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+# PyTorch's compiler uses what PyTorch itself calls deprecated
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("compiler", ["as it is", "none"])
+def test_a_compiled_step_is_the_step_with_or_without_a_compiler(
+    compiler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if compiler == "none":
+        torch._dynamo.reset()
+        monkeypatch.setenv("CXX", "/no/such/compiler")
+        monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))
+        monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    model, tokens = make(), [3, 1, 4, 1, 5]
+    plain, compiled = Stepper(model), Stepper(model, compiled=True)
+    contexts = [model.initial_context(1) for _ in range(2)]
+    for token in tokens:
+        expected = plain(token, contexts[0])
+        torch.testing.assert_close(compiled(token, contexts[1]), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(contexts[1], contexts[0], atol=1e-5, rtol=0)
+    if compiler == "none":
+        assert not compiled.compiled
 
 
 def test_the_stepper_needs_a_carried_context() -> None:

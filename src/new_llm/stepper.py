@@ -25,6 +25,8 @@ class Stepper:
     Args:
         model: in evaluation mode and sequence scope; its weights must not change from here on.
         tabled: look up what the first block reads of a token, in a table of the vocabulary.
+        compiled: let `torch.compile` fuse a step; where there is no compiler, `compiled` is False
+            after the first token. Slower than the plain step on the CPUs that we measured.
 
     >>> from new_llm.config import ModelConfig
     >>> small = ModelConfig(context_width=8, embedding_width=8, hidden_width=8, mlp_width=8)
@@ -39,11 +41,18 @@ class Stepper:
     """
 
     @torch.no_grad()
-    def __init__(self, model: NewLLM, *, tabled: bool = True) -> None:
+    def __init__(self, model: NewLLM, *, tabled: bool = True, compiled: bool = False) -> None:
         if model.config.scope != "sequence":
             raise ValueError("a model of sequence scope expected, got one of token scope")
         blocks = model.stages()
         self.model = model
+        self.compiled = compiled
+        self._fused, self._failures = self._pass, ()
+        if compiled:
+            # importing the compiler takes seconds
+            from torch._dynamo.exc import TorchDynamoException
+
+            self._fused, self._failures = torch.compile(self._pass), (TorchDynamoException,)
         self.tables = _tables(model) if tabled else None
         self.blocks = [
             _BlockStep(
@@ -65,6 +74,14 @@ class Stepper:
             projected = self.blocks[0].project(self.first_norm(h))
         else:
             h, projected = (table[token] for table in self.tables)
+        if self.compiled:
+            try:
+                return self._fused(h, projected, context)
+            except self._failures:
+                self.compiled = False
+        return self._pass(h, projected, context)
+
+    def _pass(self, h: Tensor, projected: Tensor, context: Tensor) -> Tensor:
         for block, own in zip(self.blocks, context[0].unbind(), strict=True):
             h = block(h, projected, own)
         return torch.mv(self.readout, self.final_norm(h))
