@@ -1,4 +1,5 @@
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from new_llm import fixed_point
 from new_llm.cell import ConvexCell
 from new_llm.errors import NonFiniteError
 from new_llm.fixed_point import measure, solve
@@ -157,3 +159,37 @@ def test_numbers_out_of_range(numbers: dict[str, float]) -> None:
 def test_update_must_keep_the_shape() -> None:
     with pytest.raises(ValueError, match="keep"):
         solve(lambda c, r: c[:, :1], torch.ones(1, 2))
+
+
+def test_what_an_update_returns_is_not_written_into() -> None:
+    kept = torch.arange(6.0).reshape(3, 2)
+    before = kept.clone()
+    speed = torch.tensor([[0.0], [0.5], [0.9]])
+    calls = []
+
+    def update(context: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        calls.append(len(rows))
+        return kept if len(calls) == 1 else kept[rows] + speed[rows] * (context - kept[rows])
+
+    solve(update, torch.full((3, 2), 9.0), tolerance=1e-4, max_iterations=50, warmup=1)
+    assert torch.equal(kept, before)
+
+
+@pytest.mark.parametrize("method", ["picard", "anderson"])
+def test_parts_of_the_tokens_are_solved_as_one(
+    method: Literal["picard", "anderson"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    speed = torch.rand(50, 1, generator=generator) * 0.9
+    goal = torch.randn(50, 3, generator=generator)
+
+    def update(context: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return goal[rows] + speed[rows] * torch.tanh(context - goal[rows])
+
+    found = []
+    for size in (1000, 7):
+        monkeypatch.setitem(fixed_point.PART_TOKENS, "cpu", size)
+        found.append(solve(update, torch.zeros(50, 3), max_iterations=40, method=method))
+    one, parted = found
+    for name in ("context", "converged", "num_iterations", "change", "curve"):
+        torch.testing.assert_close(getattr(parted, name), getattr(one, name), msg=name)

@@ -19,6 +19,10 @@ Update = Callable[[Tensor, Tensor], Tensor]
 ANDERSON_MEMORY = 5
 # keeps the small least-squares problem of Anderson solvable when differences become parallel
 ANDERSON_RIDGE = 1e-8
+# tokens that are solved side by side: on a CPU all that an iteration touches stays in the caches
+PART_TOKENS = {"cpu": 1024, "cuda": 131072}
+# tokens that the quantiles of a curve are taken over, about
+_CURVE_TOKENS = 8192
 _TINY = 1e-30
 
 
@@ -122,49 +126,109 @@ def solve(
     if tolerance <= 0.0 or max_iterations < 1 or warmup < 0:
         given = (tolerance, max_iterations, warmup)
         raise ValueError(f"need tolerance > 0, max_iterations >= 1, warmup >= 0; got {given}")
-    num_tokens = initial.shape[0]
-    device = initial.device
-    context = initial.detach().clone()
-    change = torch.full((num_tokens,), float("inf"), device=device)
-    num_iterations = torch.full((num_tokens,), max_iterations, device=device)
-    converged = torch.zeros(num_tokens, dtype=torch.bool, device=device)
-    rows = torch.arange(num_tokens, device=device)
-    mixer = _Anderson(num_tokens, initial.shape[-1], initial) if method == "anderson" else None
-    curve = []
+    parts = [
+        _solve_part(
+            update, initial, part, metric, tolerance, max_iterations, warmup, damping, method
+        )
+        for part in torch.arange(len(initial), device=initial.device).split(
+            PART_TOKENS.get(initial.device.type, PART_TOKENS["cuda"])
+        )
+    ]
+    if not parts:
+        parts = [_Part.of(initial, max_iterations)]
+    # evenly over the tokens: quantiles of some thousand say as much
+    every = max(1, len(initial) // _CURVE_TOKENS)
+    length = max(len(part.history) for part in parts)
+    curve = [
+        _quantiles(
+            torch.cat([part.history[min(k, len(part.history) - 1)] for part in parts])[::every]
+        )
+        for k in range(length)
+    ]
+    return FixedPoint(
+        context=torch.cat([part.context for part in parts]),
+        converged=torch.cat([part.converged for part in parts]),
+        num_iterations=torch.cat([part.num_iterations for part in parts]),
+        change=torch.cat([part.change for part in parts]),
+        curve=torch.stack(curve).cpu() if curve else torch.zeros(0, 3),
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class _Part:
+    """Tokens that are solved side by side: few enough that all of it stays in the caches."""
+
+    context: Tensor
+    change: Tensor
+    num_iterations: Tensor
+    converged: Tensor
+    history: list[Tensor]
+
+    @staticmethod
+    def of(initial: Tensor, max_iterations: int) -> "_Part":
+        count, device = len(initial), initial.device
+        return _Part(
+            context=initial.detach().clone(),
+            change=torch.full((count,), float("inf"), device=device),
+            num_iterations=torch.full((count,), max_iterations, device=device),
+            converged=torch.zeros(count, dtype=torch.bool, device=device),
+            history=[],
+        )
+
+
+def _solve_part(
+    update: Update,
+    initial: Tensor,
+    part: Tensor,
+    metric: Metric,
+    tolerance: float,
+    max_iterations: int,
+    warmup: int,
+    damping: float,
+    method: Literal["picard", "anderson"],
+) -> _Part:
+    found = _Part.of(initial[part], max_iterations)
+    context = found.context
+    rows = torch.arange(len(part), device=part.device)
+    mixer = _Anderson(len(part), initial.shape[-1], initial) if method == "anderson" else None
     for iteration in range(1, max_iterations + 1):
-        old = context[rows]
-        updated = update(old, rows)
+        old = context if len(rows) == len(part) else context[rows]
+        updated = update(old, part[rows])
         if updated.shape != old.shape:
             raise ValueError(f"update must keep {tuple(old.shape)}, got {tuple(updated.shape)}")
         # measured before damping: a heavily damped step is small without being converged
-        changed = measure(updated, old, metric).to(change.dtype)
+        changed = measure(updated, old, metric).to(found.change.dtype)
         if not torch.isfinite(changed).all():
             raise NonFiniteError(
                 f"contexts must stay finite, got NaN or infinity in iteration {iteration} of "
                 f"{max_iterations}; lower the learning rate or check the weights"
             )
-        change[rows] = changed
-        curve.append(_quantiles(change))
+        found.change[rows] = changed
+        found.history.append(found.change.clone())
         done = changed < tolerance
         if iteration <= warmup:
             done = torch.zeros_like(done)
         moved = updated if mixer is None else mixer.mix(old, updated, rows)
-        moved = torch.lerp(moved, old, damping)
+        if damping:
+            moved = torch.lerp(moved, old, damping)
         # what is delivered is the update itself, whatever would have been tried next
-        last = done if iteration < max_iterations else torch.ones_like(done)
-        context[rows] = torch.where(last[:, None], updated, moved)
-        num_iterations[rows[done]] = iteration
-        converged[rows[done]] = True
-        rows = rows[~done]
-        if len(rows) == 0:
-            break
-    return FixedPoint(
-        context=context,
-        converged=converged,
-        num_iterations=num_iterations,
-        change=change,
-        curve=torch.stack(curve).cpu(),
-    )
+        if moved is not updated:
+            last = done if iteration < max_iterations else torch.ones_like(done)
+            moved = torch.where(last[:, None], updated, moved)
+        if len(rows) == len(part):
+            context = found.context = moved
+        else:
+            context[rows] = moved
+        if done.any():
+            found.num_iterations[rows[done]] = iteration
+            found.converged[rows[done]] = True
+            if len(rows) == len(part):
+                # from here on it is written into, and `update` may have given what others hold
+                context = found.context = context.clone()
+            rows = rows[~done]
+            if len(rows) == 0:
+                break
+    return found
 
 
 def _quantiles(change: Tensor) -> Tensor:
