@@ -26,8 +26,10 @@ from .scan import scan
 _VARIANCE_FLOOR = 1e-4
 # share of a context's size that separates the contexts of a near pair
 _NEAR = 0.05
-# width up to which the hinge has the weight that is configured
+# width up to which the mean of the hinge is enough; wider cells leave a few tokens with two ends
 _HINGE_WIDTH = 256
+# share of the pairs, the worst, whose hinge counts apart in wider cells
+_HINGE_TAIL = 0.05
 Log = Callable[[dict[str, Any]], None]
 
 
@@ -222,7 +224,9 @@ def train_contractive(
     for step in range(total):
         rows = torch.randint(len(x), (config.batch_size,), generator=generator)
         spread_only = step < config.spread_steps
-        loss, terms = contractive_loss(cell, x[rows], config, generator, spread_only=spread_only)
+        loss, terms = contractive_loss(
+            cell, x[rows], config, generator, spread_only=spread_only, progress=step / total
+        )
         value = _step(optimiser, cell, loss, config, step)
         schedule.step()
         log({"stage": "phase1", "step": step + 1, "loss": value, **terms})
@@ -236,10 +240,12 @@ def contractive_loss(
     generator: torch.Generator,
     *,
     spread_only: bool = False,
+    progress: float = 1.0,
 ) -> tuple[Tensor, dict[str, float]]:
     """Return the `contractive` loss of different tokens `[N, E]`, and its terms.
 
-    What is random, the starts and the number of visited iterations, comes from `generator`.
+    What is random, the starts and the number of visited iterations, comes from `generator`;
+    `progress` is the share of the training that is behind, in [0, 1].
     """
     projected, weights, size = cell.project(x), cell.weights(), _context_size(cell)
 
@@ -268,15 +274,19 @@ def contractive_loss(
             _ratio(moved_far, moved_zero, far, zero),
         ]
     )
-    hinge = F.relu(ratios - config.contraction_target).square().mean()
+    excess = F.relu(ratios - config.contraction_target).square()
+    hinge = excess.mean()
+    wider = max(0.0, cell.context_width / _HINGE_WIDTH - 1.0)
+    if wider > 0.0:
+        # from nothing to all: at full weight from the start, deep cells are drawn to one context
+        worst = excess.topk(math.ceil(_HINGE_TAIL * len(excess))).values.mean()
+        hinge = hinge + progress * wider * worst
     length = moved.detach().square().sum(dim=-1).clamp(min=1e-6)
     residual = ((moved - context).square().sum(dim=-1) / length).mean()
     variance, covariance = spread_terms(moved, size)
     loss = config.variance_weight * variance + config.covariance_weight * covariance
     if not spread_only:
-        # wide cells keep a slow direction for a few tokens at the weight that is enough for others
-        weight = config.hinge_weight * max(1.0, cell.context_width / _HINGE_WIDTH)
-        loss = loss + weight * hinge + config.residual_weight * residual
+        loss = loss + config.hinge_weight * hinge + config.residual_weight * residual
     terms = {"residual": residual, "factor": ratios.max(), "variance": variance,
              "covariance": covariance}  # fmt: skip
     return loss, {name: value.item() for name, value in terms.items()}
