@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from helpers import small_model, store_of
 from new_llm import cache, phase1, phase2
-from new_llm.cell import LayerwiseCell
+from new_llm.cell import LayerwiseCell, SequentialCell
 from new_llm.config import Phase1Config, Phase2Config, SolverConfig
 from new_llm.console import Console
 from new_llm.data import held_out_ids
@@ -387,3 +387,19 @@ def test_a_model_that_ignores_its_context_is_amnesic() -> None:
     diagnosis = sequence_verdict(model, store_of(text(20)), trained=True)
     assert "amnesic" in diagnosis.verdicts
     assert "amnesic" not in sequence_verdict(model, store_of(text(20)), trained=False).verdicts
+
+
+@pytest.mark.parametrize(("width", "counts"), [(256, False), (384, True)])
+def test_the_worst_pairs_count_apart_in_wide_cells(width: int, counts: bool) -> None:
+    torch.manual_seed(0)
+    cell = SequentialCell(width, width, width, num_layers=1, initialisation="orthogonal")
+    x, config = torch.randn(32, width), Phase1Config(contraction_target=0.1)
+
+    def loss(progress: float) -> float:
+        generator = torch.Generator().manual_seed(1)
+        return phase1.contractive_loss(cell, x, config, generator, progress=progress)[0].item()
+
+    begun, half, done = loss(0.0), loss(0.5), loss(1.0)
+    assert (begun < half < done) if counts else begun == half == done
+    # linear in progress
+    assert done - half == pytest.approx(half - begun, rel=1e-3)
