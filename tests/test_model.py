@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from helpers import small_model, store_of
 from new_llm.config import SampleConfig, SolverConfig
-from new_llm.evaluate import evaluate, head, kneser_ney_bigram
+from new_llm.evaluate import evaluate, head
 from new_llm.generate import Reading, read, sample, stream
 from new_llm.model import NewLLM, token_losses
 
@@ -187,28 +187,6 @@ def test_evaluation_is_a_plain_loop_over_dialogues() -> None:
     assert found.loss_assistant == pytest.approx(sum(chosen) / len(chosen), abs=1e-5)
     part = head(store, 6)
     assert part.num_dialogues == 2 and part.num_tokens == 14
-
-
-def test_kneser_ney_is_a_distribution_and_learns() -> None:
-    generator = torch.Generator().manual_seed(0)
-    follows = torch.randint(20, (20, 3), generator=generator)
-    dialogues = []
-    for _ in range(60):
-        ids = [0]
-        for _ in range(30):
-            ids.append(int(follows[ids[-1], int(torch.randint(3, (1,), generator=generator))]))
-        dialogues.append(ids)
-    train, valid = store_of(dialogues[:50]), store_of(dialogues[50:])
-    loss = kneser_ney_bigram(train, valid, 20)
-    assert math.log(2.0) < loss < math.log(4.5)
-    total = sum(
-        math.exp(-kneser_ney_bigram(train, store_of([[7, after]]), 20)) for after in range(20)
-    )
-    assert total == pytest.approx(1.0, abs=1e-9)
-    unseen = sum(
-        math.exp(-kneser_ney_bigram(train, store_of([[25, after]]), 30)) for after in range(30)
-    )
-    assert unseen == pytest.approx(1.0, abs=1e-9)
 
 
 @pytest.mark.slow

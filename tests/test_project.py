@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "new_llm"
 # a module imports only modules that stand before it
 ORDER = [
     "errors", "config", "console", "files", "dialogues", "tokenizer", "data", "cell",
-    "fixed_point", "scan", "recurrence", "measurements", "doctor", "model", "checkpoint",
+    "counts", "fixed_point", "scan", "recurrence", "measurements", "doctor", "model", "checkpoint",
     "evaluate", "phase1", "cache", "phase2", "stepper", "generate", "baselines", "bench",
     "records", "plots", "report", "pipeline", "specimens", "trials",
     "laboratory", "experiments", "claims", "lab", "cli", "__main__",

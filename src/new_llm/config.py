@@ -209,7 +209,7 @@ class Phase1Config:
     visited_iterations: int = 24
     """`contractive`: most iterations before the contexts of a step; each step draws its number."""
     hinge_weight: float = 10.0
-    """`contractive`: weight of the hinge on ratios of context pairs; above C=256, times C/256."""
+    """`contractive`: weight of the hinge on ratios of context pairs."""
     residual_weight: float = 1.0
     """`contractive`: weight of the residual at visited contexts."""
     variance_weight: float = 1.0

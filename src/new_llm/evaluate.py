@@ -1,4 +1,4 @@
-"""What a model is worth on held-out dialogues: losses, counts to compare with, and verdicts.
+"""What a model is worth on held-out dialogues: losses and verdicts.
 
 The only place where a model is handed to the doctor.
 """
@@ -165,52 +165,6 @@ def evaluate(
         num_tokens=count,
         num_bytes=num_bytes,
     )
-
-
-def kneser_ney_bigram(train: TokenStore, valid: TokenStore, vocab_size: int) -> float:
-    """Return the loss of an interpolated Kneser-Ney bigram, nats a token, counted on `train`.
-
-    One discount a count of 1, 2 and 3 or more, estimated from counts of counts; the unigram is the
-    continuation distribution, mixed with the uniform one for ids never seen. Dialogues are counted
-    and scored apart: no bigram crosses from one into another.
-
-    Source: Chen and Goodman 1998, "An empirical study of smoothing techniques".
-    """
-    pairs, counts = np.unique(_pairs(train, vocab_size), return_counts=True)
-    first, second = pairs // vocab_size, pairs % vocab_size
-    of_count = [int((counts == n).sum()) for n in range(1, 5)]
-    once, twice = max(of_count[0], 1), max(of_count[1], 1)
-    share = once / (once + 2 * twice)
-    discounts = np.zeros(4)
-    for n in range(1, 4):
-        ratio = of_count[n] / max(of_count[n - 1], 1)
-        discounts[n] = min(max(n - (n + 1) * share * ratio, 0.0), n)
-    discount = discounts[np.minimum(counts, 3)]
-    totals = np.bincount(first, weights=counts, minlength=vocab_size)
-    left_over = np.bincount(first, weights=discount, minlength=vocab_size)
-    continuations = np.bincount(second, minlength=vocab_size).astype(np.float64)
-    num_kinds = np.count_nonzero(continuations)
-    # the continuation counts are discounted once more, for ids that never followed anything
-    unigram_discount = 0.75
-    unigram = np.maximum(continuations - unigram_discount, 0.0) / continuations.sum()
-    unigram += unigram_discount * num_kinds / continuations.sum() / vocab_size
-    asked = _pairs(valid, vocab_size)
-    place = np.minimum(np.searchsorted(pairs, asked), len(pairs) - 1)
-    seen = pairs[place] == asked
-    before, after = asked // vocab_size, asked % vocab_size
-    total = np.maximum(totals[before], 1.0)
-    direct = np.where(seen, (counts[place] - discount[place]) / total, 0.0)
-    backoff = np.where(totals[before] > 0, left_over[before] / total, 1.0)
-    return float(-np.log(direct + backoff * unigram[after]).mean())
-
-
-def _pairs(store: TokenStore, vocab_size: int) -> np.ndarray:
-    """Return every bigram within a dialogue as `first * V + second`."""
-    tokens = np.asarray(store.tokens, dtype=np.int64)
-    inside = np.ones(len(tokens), dtype=bool)
-    inside[store.offsets[:-1]] = False
-    ends = np.flatnonzero(inside)
-    return tokens[ends - 1] * vocab_size + tokens[ends]
 
 
 @torch.no_grad()

@@ -29,12 +29,12 @@ from .checkpoint import (
 )
 from .config import SEEDS, ModelConfig, RunConfig
 from .console import Console
+from .counts import KneserNey
 from .data import Prepared, held_out_ids, prepare
 from .doctor import THRESHOLDS
 from .errors import CheckpointError, ConfigError, DataError, GateError
 from .evaluate import (
     evaluate,
-    kneser_ney_bigram,
     portraits,
     sequence_verdict,
     token_verdict,
@@ -339,7 +339,7 @@ class Run:
                         segment_length=config.data.sequence_length,
                         advance=advance,
                     )
-                bigram = kneser_ney_bigram(prepared.train, prepared.valid, model.vocab_size)
+                bigram = KneserNey(prepared.train, model.vocab_size, 2).loss(prepared.valid)
                 token = token_verdict(model)
                 sequence = None
                 if config.model.scope == "sequence":
