@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "new_llm"
 ORDER = [
     "errors", "config", "console", "files", "dialogues", "tokenizer", "data", "cell",
     "counts", "fixed_point", "scan", "recurrence", "measurements", "doctor", "model", "checkpoint",
-    "evaluate", "phase1", "cache", "phase2", "stepper", "generate", "baselines", "bench",
+    "evaluate", "phase1", "cache", "phase2", "stepper", "generate", "baselines", "peers", "bench",
     "records", "plots", "report", "pipeline", "specimens", "trials",
     "laboratory", "experiments", "claims", "lab", "cli", "__main__",
 ]  # fmt: skip

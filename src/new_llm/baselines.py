@@ -32,8 +32,17 @@ class MinGRU(nn.Module):
         """Return `[B, T, C]` for `[B, T, C]`."""
         candidate, gate = self.both(x.transpose(0, 1)).chunk(2, dim=-1)
         gate = torch.sigmoid(gate)
-        found: Any = _LinearRecurrence.apply(1.0 - gate, gate * candidate)
-        return found.transpose(0, 1)
+        return linear_recurrence(1.0 - gate, gate * candidate).transpose(0, 1)
+
+
+def linear_recurrence(decay: Tensor, source: Tensor) -> Tensor:
+    """Return `c_t = decay_t c_{t-1} + source_t` from zero, differentiable, all `[T, ...]`.
+
+    >>> linear_recurrence(torch.full((3, 1), 0.5), torch.ones(3, 1))[:, 0].tolist()
+    [1.0, 1.5, 1.75]
+    """
+    found: Any = _LinearRecurrence.apply(decay, source)
+    return found
 
 
 class _LinearRecurrence(torch.autograd.Function):

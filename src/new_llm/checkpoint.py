@@ -23,7 +23,7 @@ from .data import ChatTokenizer
 from .errors import CheckpointError, ConfigError
 from .files import atomic_folder, disk_error, read_json, recover_folder, sha256, write_json
 from .measurements import pair_ratios, upper_factor
-from .model import NewLLM
+from .model import LanguageModel, NewLLM
 
 FORMAT_VERSION = 2
 WEIGHTS = "model.safetensors"
@@ -115,9 +115,13 @@ def _search_map(
 def save_weights(path: Path, model: nn.Module) -> None:
     """Write every tensor of a model once; a shared read-out is not written twice."""
     tensors = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    if isinstance(model, NewLLM) and model.config.tied_readout:
+    if _shares_readout(model):
         del tensors["readout.weight"]
     save_tensors(path, tensors)
+
+
+def _shares_readout(model: nn.Module) -> bool:
+    return isinstance(model, LanguageModel) and model.readout.weight is model.embedding.weight
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -154,14 +158,14 @@ def load_tensors(path: Path, kind: str) -> dict[str, Tensor]:
         ) from None
 
 
-def load_weights(path: Path, model: NewLLM) -> None:
+def load_weights(path: Path, model: nn.Module) -> None:
     """Fill a model from a safetensors file.
 
     Raises:
         CheckpointError: the file is damaged or of another shape.
     """
     tensors = load_tensors(path, "weights")
-    if model.config.tied_readout and "embedding.weight" in tensors:
+    if _shares_readout(model) and "embedding.weight" in tensors:
         tensors["readout.weight"] = tensors["embedding.weight"]
     try:
         model.load_state_dict(tensors)
@@ -257,7 +261,7 @@ class TrainingState:
 
 
 def save_training_state(
-    folder: Path, model: NewLLM, optimiser: torch.optim.Optimizer, state: TrainingState
+    folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, state: TrainingState
 ) -> None:
     """Write weights, optimiser tensors and random state as safetensors, values as JSON."""
     inner = optimiser.state_dict()["state"]
@@ -293,7 +297,7 @@ def _without_state(folder: Path, error: CheckpointError) -> CheckpointError:
 
 
 def load_training_state(
-    folder: Path, model: NewLLM, optimiser: torch.optim.Optimizer
+    folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer
 ) -> TrainingState | None:
     """Put back what `save_training_state` wrote; None where there is nothing yet.
 

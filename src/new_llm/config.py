@@ -112,6 +112,37 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PeerConfig:
+    """Shape of a peer: the blocks of ours with another recurrence inside."""
+
+    kind: Literal["lstm", "gru", "mingru", "gpt", "mamba"]
+    """What carries the past."""
+    num_blocks: int = 2
+    """Blocks."""
+    embedding_width: int = 256
+    """Width E of a token embedding and of the stream."""
+    width: int = 256
+    """Width of what is carried; of `gpt` it is E, of `mamba` the numbers a channel."""
+    mlp_width: int = 512
+    """Hidden width of a block's residual MLP; 0 leaves the MLP out."""
+    num_heads: int = 4
+    """Attention heads, `gpt`."""
+    window: int = 512
+    """Positions that attention reaches, `gpt`."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _require(self, "num_blocks", 1 <= self.num_blocks <= 64, "in [1, 64]")
+        for name in ("embedding_width", "width", "num_heads", "window"):
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
+        _require(self, "mlp_width", self.mlp_width >= 0, "at least 0")
+        if self.kind == "gpt":
+            _require(self, "width", self.width == self.embedding_width, "embedding_width for gpt")
+            _require(self, "num_heads", self.embedding_width % (2 * self.num_heads) == 0,
+                     "a divisor of embedding_width / 2")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where dialogues come from and how they become tokens."""
 

@@ -29,7 +29,7 @@ from .doctor import (
 )
 from .errors import DataError
 from .measurements import Map, lyapunov_exponent, read_back
-from .model import NewLLM, solve_tokens, token_losses
+from .model import LanguageModel, ModelOutput, NewLLM, solve_tokens, token_losses
 from .recurrence import Engine, sweep
 
 # positions of held-out dialogues that sequence verdicts look at
@@ -84,7 +84,7 @@ def head(store: TokenStore, num_tokens: int) -> TokenStore:
 
 @torch.no_grad()
 def evaluate(
-    model: NewLLM,
+    model: LanguageModel,
     store: TokenStore,
     *,
     batch_size: int = 16,
@@ -110,10 +110,9 @@ def evaluate(
     )
     device = model.embedding.weight.device
     context = model.initial_context(min(batch_size, store.num_dialogues))
-    weights = model.weights()
+    read = _Engined(model, engine) if isinstance(model, NewLLM) else model
     nats = assistant_nats = 0.0
     count = assistant_count = correct = 0
-    engines = None
     for index in range(stream.num_segments):
         segment = stream.segment(0, index)
         ids, targets, counts, starts, real, assistant = (
@@ -127,14 +126,7 @@ def evaluate(
                 segment.assistant,
             )
         )
-        if engines is None and model.config.scope == "sequence":
-            engines = [choice.engine for choice in model.choose_engines(ids, engine=engine)]
-        output = model(ids, context, starts=starts, real=real, weights=weights, engines=engines)
-        if index == 0 and engines is not None and set(engines) != {"scan"}:
-            apart = model.audit(ids, context, output.carried, starts=starts, real=real)
-            if apart > _AUDITED:
-                engines = ["scan" for _ in engines]
-                output = model(ids, context, starts=starts, real=real, weights=weights)
+        output = read(ids, context, starts=starts, real=real)
         context = output.context
         scored = token_losses(
             output.features[counts],
@@ -165,6 +157,37 @@ def evaluate(
         num_tokens=count,
         num_bytes=num_bytes,
     )
+
+
+class _Engined:
+    """Reads segments by the engines that the first one chose, if they pass an audit there."""
+
+    def __init__(self, model: NewLLM, engine: Engine | Literal["auto"]) -> None:
+        self.model = model
+        self.engine: Engine | Literal["auto"] = engine
+        self.weights = model.weights()
+        self.engines: list[Engine] | None = None
+
+    def __call__(self, ids: Tensor, context: Tensor, *, starts: Tensor, real: Tensor) -> Any:
+        first = self.engines is None
+        if self.engines is None:
+            self.engines = []
+            if self.model.config.scope == "sequence":
+                choices = self.model.choose_engines(ids, engine=self.engine)
+                self.engines = [choice.engine for choice in choices]
+        output = self._read(ids, context, starts, real)
+        if first and not {*self.engines} <= {"scan"}:
+            apart = self.model.audit(ids, context, output.carried, starts=starts, real=real)
+            if apart > _AUDITED:
+                self.engines = ["scan" for _ in self.engines]
+                output = self._read(ids, context, starts, real)
+        return output
+
+    def _read(self, ids: Tensor, context: Tensor, starts: Tensor, real: Tensor) -> ModelOutput:
+        return self.model(
+            ids, context, starts=starts, real=real, weights=self.weights,
+            engines=self.engines or None,
+        )  # fmt: skip
 
 
 @torch.no_grad()

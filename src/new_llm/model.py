@@ -4,9 +4,10 @@ Axes: `B` sequences, `T` positions, `K` blocks, `C` context width, `E` embedding
 `V` vocabulary. A context of the model is `[B, K, C]` and is copied and forked as a whole.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -44,24 +45,33 @@ def build_cell(config: ModelConfig) -> ContextCell:
     )
 
 
-class Block(nn.Module):
-    """One cell and its read-out: `h + W_o norm(context)`, then a residual MLP."""
+Inner = TypeVar("Inner", bound=nn.Module)
 
-    def __init__(self, config: ModelConfig) -> None:
+
+class Block(nn.Module, Generic[Inner]):
+    """One cell and its read-out: `h + W_o norm(context)`, then a residual MLP.
+
+    Args:
+        cell: what carries a context; of peers, whatever stands in its place.
+        width: of the stream, E.
+        context_width: of what the cell hands to the read-out.
+        mlp_width: inside the MLP; 0 leaves it out.
+    """
+
+    def __init__(self, cell: Inner, width: int, context_width: int, mlp_width: int) -> None:
         super().__init__()
-        width = config.embedding_width
         self.norm = nn.LayerNorm(width)
-        self.cell = build_cell(config)
-        self.context_norm = nn.LayerNorm(config.context_width)
-        self.out = nn.Linear(config.context_width, width, bias=False)
-        nn.init.normal_(self.out.weight, std=config.context_width**-0.5)
+        self.cell = cell
+        self.context_norm = nn.LayerNorm(context_width)
+        self.out = nn.Linear(context_width, width, bias=False)
+        nn.init.normal_(self.out.weight, std=context_width**-0.5)
         self.mlp = None
-        if config.mlp_width:
+        if mlp_width:
             self.mlp = nn.Sequential(
                 nn.LayerNorm(width),
-                nn.Linear(width, config.mlp_width),
+                nn.Linear(width, mlp_width),
                 nn.SiLU(),
-                nn.Linear(config.mlp_width, width),
+                nn.Linear(mlp_width, width),
             )
             nn.init.zeros_(self.mlp[3].weight)  # pyright: ignore[reportArgumentType]
             nn.init.zeros_(self.mlp[3].bias)  # pyright: ignore[reportArgumentType]
@@ -101,11 +111,42 @@ class ModelOutput:
     """How each block's contexts were found, where they were not known already."""
 
 
+class LanguageModel(nn.Module, ABC):
+    """Contract of all that Phase 2 trains and `evaluate` scores: ours, and its peers."""
+
+    vocab_size: int
+    embedding: nn.Embedding
+    readout: nn.Linear
+
+    @abstractmethod
+    def initial_context(self, batch: int) -> Tensor:
+        """Return what is carried before any text; the first axis is `B`."""
+
+    @abstractmethod
+    def forward(
+        self,
+        ids: Tensor,
+        context: Tensor | None = None,
+        *,
+        starts: Tensor | None = None,
+        real: Tensor | None = None,
+    ) -> ModelOutput:
+        """Read token ids `[B, T]`: features before the vocabulary, and what is carried on.
+
+        Args:
+            ids: token ids, `[B, T]`.
+            context: what is carried from before; None is nothing.
+            starts: where a dialogue begins, `[B, T]` bool; nothing before it may be known after.
+            real: False at padding, `[B, T]` bool.
+        """
+
+
 # positions of one text that measure how many sweeps gate-scan takes
 _MEASURED_LENGTH = 128
 
 
-class NewLLM(nn.Module):
+@final
+class NewLLM(LanguageModel):
     """A language model whose memory of a text is one context.
 
     Args:
@@ -131,7 +172,10 @@ class NewLLM(nn.Module):
         self.embedding = nn.Embedding(vocab_size, width)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.embedding_norm = nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
+        self.blocks = nn.ModuleList(
+            Block(build_cell(config), width, config.context_width, config.mlp_width)
+            for _ in range(config.num_blocks)
+        )
         self.final_norm = nn.LayerNorm(width)
         self.readout = nn.Linear(width, vocab_size, bias=False)
         if config.tied_readout:
@@ -151,7 +195,7 @@ class NewLLM(nn.Module):
         """Return the read-out modules of each block."""
         return [block.read_out() for block in self.stages()]
 
-    def stages(self) -> list[Block]:
+    def stages(self) -> list[Block[ContextCell]]:
         """Return the blocks, in the order in which a text passes them."""
         return [block for block in self.blocks if isinstance(block, Block)]
 

@@ -26,7 +26,7 @@ from .console import Console
 from .data import Segment, SegmentStream, TokenStore, held_out_ids
 from .errors import NonFiniteError
 from .evaluate import Evaluation, evaluate, head
-from .model import NewLLM, token_losses
+from .model import LanguageModel, NewLLM, token_losses
 from .phase1 import contractive_loss, pair_hinge
 from .recurrence import Engine
 
@@ -59,7 +59,7 @@ class Phase2Result:
     """Relative change of the fixed points since they were last rebuilt, token scope."""
 
 
-def trainable(model: NewLLM, *, freeze_context: bool) -> list[nn.Parameter]:
+def trainable(model: LanguageModel, *, freeze_context: bool) -> list[nn.Parameter]:
     """Return the parameters that Phase 2 trains, all others frozen.
 
     With frozen contexts nothing that a cell reads may move: embeddings, cells and the read-outs
@@ -68,6 +68,7 @@ def trainable(model: NewLLM, *, freeze_context: bool) -> list[nn.Parameter]:
     for parameter in model.parameters():
         parameter.requires_grad_(not freeze_context)
     if freeze_context:
+        assert isinstance(model, NewLLM)
         last = model.read_outs()[-1]
         for module in (*last, model.final_norm, model.readout):
             for parameter in module.parameters():
@@ -75,7 +76,7 @@ def trainable(model: NewLLM, *, freeze_context: bool) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def make_optimiser(model: NewLLM, config: Phase2Config) -> torch.optim.AdamW:
+def make_optimiser(model: LanguageModel, config: Phase2Config) -> torch.optim.AdamW:
     """Return AdamW over what Phase 2 trains; only matrices decay, and embeddings do not."""
     embeddings = {id(model.embedding.weight), id(model.readout.weight)}
     chosen = trainable(model, freeze_context=config.freeze_context)
@@ -127,7 +128,7 @@ class _Segments:
 
 
 def train(
-    model: NewLLM,
+    model: LanguageModel,
     data: Phase2Data,
     config: Phase2Config,
     *,
@@ -154,14 +155,14 @@ def train(
         step, tokens_seen = state.values["step"], state.values["tokens_seen"]
         drift = state.values["drift"]
         context = state.tensors["context"].to(context.device)
-    trainer = _Trainer(model, data, config, phase1, optimiser, context, seed)
-    trainer.restore_rows(state)
-    if state is not None:
-        trainer.engines = state.values["engines"]
+    own = _Own(model, data, config, phase1, seed) if isinstance(model, NewLLM) else None
+    if own is not None and state is not None:
+        own.restore(state)
+    trainer = _Trainer(model, config, optimiser, context, own)
 
     def save() -> None:
         values = {"step": step, "tokens_seen": tokens_seen, "drift": drift,
-                  "engines": trainer.engines}  # fmt: skip
+                  "engines": None if own is None else own.engines}  # fmt: skip
         state = TrainingState(tensors=trainer.tensors(), values=values)
         save_training_state(folder, model, optimiser, state)
 
@@ -178,9 +179,8 @@ def train(
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, segments.num_steps, config)
             segment = segments.at(step)
-            if trainer.engines is None:
-                for k, why in enumerate(trainer.choose_engines(segment)):
-                    console.say(f"block {k + 1}: {why}")
+            for k, why in enumerate(trainer.choose_engines(segment)):
+                console.say(f"block {k + 1}: {why}")
             row = trainer.step(segment, step)
             step += 1
             tokens_seen += int(segment.counts.sum())
@@ -192,7 +192,8 @@ def train(
             if every and step % every == 0 and step < segments.num_steps:
                 result = evaluate(model, held_out, segment_length=data.segment_length)
                 _log_evaluation(log, console, result, step, tokens_seen)
-                trainer.engines = None  # the coupling may have grown or shrunk
+                if own is not None:
+                    own.engines = None  # the coupling may have grown or shrunk
             if interrupted():
                 save()
                 raise KeyboardInterrupt
@@ -232,43 +233,31 @@ def _log_evaluation(
     console.say(f"step {step}: validation {result.loss:.4f} nats a token")
 
 
-class _Trainer:
-    """One optimiser step, wherever the contexts come from."""
+class _Own:
+    """What only our model has: contexts known already, engines, and what is kept of Phase 1."""
 
     def __init__(
-        self,
-        model: NewLLM,
-        data: Phase2Data,
-        config: Phase2Config,
-        phase1: Phase1Config,
-        optimiser: torch.optim.Optimizer,
-        context: Tensor,
-        seed: int,
+        self, model: NewLLM, data: Phase2Data, config: Phase2Config, phase1: Phase1Config, seed: int
     ) -> None:
         self.model = model
         self.config = config
         self.phase1 = phase1
-        self.optimiser = optimiser
         self.seed = seed
         held_out = held_out_ids(model.vocab_size, model.config.context_width)
         self.token_ids = np.setdiff1d(np.arange(model.vocab_size), held_out)
-        self.context = context
         self.cache = data.cache
         self.engines: list[Engine] | None = None
         self.rows: Tensor | None = None
         if model.config.scope == "token":
             if data.cache is None:
                 raise ValueError("token scope needs its cache of fixed points")
-            self.rows = torch.tensor(np.asarray(data.cache.contexts), device=context.device)
+            device = model.embedding.weight.device
+            self.rows = torch.tensor(np.asarray(data.cache.contexts), device=device)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return what must be saved beside weights and optimiser."""
-        tensors = {"context": self.context}
-        return tensors if self.rows is None else tensors | {"rows": self.rows}
-
-    def restore_rows(self, state: TrainingState | None) -> None:
-        """Put back rows that were rebuilt before an interruption."""
-        if state is not None and self.rows is not None:
+    def restore(self, state: TrainingState) -> None:
+        """Go on with the rows and engines of an interrupted training."""
+        self.engines = state.values["engines"]
+        if self.rows is not None:
             self.rows = state.tensors["rows"].to(self.rows.device)
 
     def rebuild_rows(self) -> float | None:
@@ -282,6 +271,10 @@ class _Trainer:
         self.rows = fresh
         return drift.item()
 
+    def known(self, segment: Segment, ids: Tensor) -> dict[str, Any]:
+        """Return what the model is told of a segment: contexts, or engines to find them by."""
+        return {"contexts": self._contexts(segment, ids), "engines": self.engines or None}
+
     def _contexts(self, segment: Segment, ids: Tensor) -> Tensor | None:
         """Return contexts that are known already, `[B, T, K, C]`; None to compute them."""
         if self.rows is not None:
@@ -292,15 +285,85 @@ class _Trainer:
             return torch.from_numpy(rows).to(ids.device).unflatten(0, ids.shape)
         return None
 
-    def choose_engines(self, segment: Segment) -> list[str]:
+    def choose_engines(self, ids: Tensor) -> list[str]:
         """Choose how each block carries its context, from now on; return what to say of it."""
         if self.config.freeze_context or self.rows is not None:
             self.engines = []
             return []
-        ids = torch.from_numpy(segment.tokens).to(self.context.device)
         choices = self.model.choose_engines(ids, engine=self.config.engine)
         self.engines = [choice.engine for choice in choices]
         return [f"{choice.engine} ({choice.why})" for choice in choices]
+
+    def kept(self, ids: Tensor, real: Tensor, context: Tensor, step: int) -> Tensor | float:
+        """Return what is kept of Phase 1's objective, weighted, after a segment `[B, T]`."""
+        total: Tensor | float = 0.0
+        if self.config.freeze_context:
+            return total
+        if self.config.pair_hinge:
+            total = total + self.config.pair_hinge * self._hinge(ids, real, context)
+        if self.config.contractive:
+            total = total + self.config.contractive * self._contractive(step)
+        return total
+
+    def _hinge(self, ids: Tensor, real: Tensor, context: Tensor) -> Tensor:
+        """Keep contraction at a sample of the contexts that this segment ended in."""
+        chosen = real[:, -1]
+        if not chosen.any():
+            return context.new_zeros(())
+        x = self.model.embed(ids[:, -1][chosen])
+        block = self.model.cells()[0]
+        return pair_hinge(block, x, context[chosen, 0], self.phase1.contraction_target)
+
+    def _contractive(self, step: int) -> Tensor:
+        """Keep single tokens settled and apart, at a sample drawn for this step."""
+        generator = torch.Generator().manual_seed((self.seed << 32) + step)
+        count = (self.phase1.batch_size,)
+        drawn = self.token_ids[torch.randint(len(self.token_ids), count, generator=generator)]
+        ids = torch.from_numpy(drawn).to(self.model.embedding.weight.device)
+        # entering evaluation costs ConvexCell a decomposition, and only dropout asks for it
+        self.model.train(self.model.config.dropout == 0.0)
+        inputs = self.model.search(ids).inputs
+        self.model.train()
+        losses = [
+            contractive_loss(cell, x, self.phase1, generator)[0]
+            for cell, x in zip(self.model.cells(), inputs, strict=True)
+        ]
+        return torch.stack(losses).mean()
+
+
+class _Trainer:
+    """One optimiser step, wherever the contexts come from."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        config: Phase2Config,
+        optimiser: torch.optim.Optimizer,
+        context: Tensor,
+        own: _Own | None,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.optimiser = optimiser
+        self.context = context
+        self.own = own
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what must be saved beside weights and optimiser."""
+        tensors = {"context": self.context}
+        if self.own is not None and self.own.rows is not None:
+            tensors["rows"] = self.own.rows
+        return tensors
+
+    def rebuild_rows(self) -> float | None:
+        """Build cached fixed points again; return how far they had drifted, None without them."""
+        return None if self.own is None else self.own.rebuild_rows()
+
+    def choose_engines(self, segment: Segment) -> list[str]:
+        """Choose engines where that is open; return what to say of each block's."""
+        if self.own is None or self.own.engines is not None:
+            return []
+        return self.own.choose_engines(torch.from_numpy(segment.tokens).to(self.context.device))
 
     def step(self, segment: Segment, step: int) -> dict[str, float]:
         """Train on one segment; return its losses and the gradient norm."""
@@ -313,7 +376,7 @@ class _Trainer:
             ) from error
 
     def _step(self, segment: Segment, step: int) -> dict[str, float]:
-        model, config = self.model, self.config
+        model, config, own = self.model, self.config, self.own
         model.train()
         device = self.context.device
         ids, targets, counts, assistant, starts, real = (
@@ -327,16 +390,10 @@ class _Trainer:
                 segment.real,
             )
         )
+        known = {} if own is None else own.known(segment, ids)
         wide = config.precision == "bfloat16"
         with torch.autocast(device.type, torch.bfloat16, enabled=wide):
-            output = model(
-                ids,
-                self.context,
-                starts=starts,
-                real=real,
-                contexts=self._contexts(segment, ids),
-                engines=self.engines or None,
-            )
+            output = model(ids, self.context, starts=starts, real=real, **known)
         self.context = output.context.detach()
         # every position that counts is scored, so that both losses are always known
         chosen = assistant[counts]
@@ -350,10 +407,8 @@ class _Trainer:
             chunk=config.loss_chunk,
         )
         loss = scored.loss
-        if config.pair_hinge and not config.freeze_context:
-            loss = loss + config.pair_hinge * self._hinge(ids, real)
-        if config.contractive and not config.freeze_context:
-            loss = loss + config.contractive * self._contractive(step)
+        if own is not None:
+            loss = loss + own.kept(ids, real, self.context, step)
         self.optimiser.zero_grad(set_to_none=True)
         if scored.loss.requires_grad:
             loss.backward()
@@ -367,28 +422,3 @@ class _Trainer:
         if chosen.any():
             row["loss_assistant"] = scored.nats[chosen].mean().item()
         return row
-
-    def _hinge(self, ids: Tensor, real: Tensor) -> Tensor:
-        """Keep contraction at a sample of the contexts that this segment ended in."""
-        chosen = real[:, -1]
-        if not chosen.any():
-            return self.context.new_zeros(())
-        x = self.model.embed(ids[:, -1][chosen])
-        block = self.model.cells()[0]
-        return pair_hinge(block, x, self.context[chosen, 0], self.phase1.contraction_target)
-
-    def _contractive(self, step: int) -> Tensor:
-        """Keep single tokens settled and apart, at a sample drawn for this step."""
-        generator = torch.Generator().manual_seed((self.seed << 32) + step)
-        count = (self.phase1.batch_size,)
-        drawn = self.token_ids[torch.randint(len(self.token_ids), count, generator=generator)]
-        ids = torch.from_numpy(drawn).to(self.context.device)
-        # entering evaluation costs ConvexCell a decomposition, and only dropout asks for it
-        self.model.train(self.model.config.dropout == 0.0)
-        inputs = self.model.search(ids).inputs
-        self.model.train()
-        losses = [
-            contractive_loss(cell, x, self.phase1, generator)[0]
-            for cell, x in zip(self.model.cells(), inputs, strict=True)
-        ]
-        return torch.stack(losses).mean()

@@ -1,0 +1,331 @@
+"""Peers as language models: the blocks, read-out and training of ours, another recurrence inside.
+
+Each `Mixer` stands where our cell stands and gets all that the cell gets, so that what differs is
+the recurrence. Axes: `B` sequences, `T` positions, `E` width of the stream, `D` of what a mixer
+hands to the read-out, `P` pieces (a dialogue's part of a segment), `L` their longest.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .baselines import linear_recurrence, rotate, rotation
+from .config import PeerConfig
+from .model import Block, LanguageModel, ModelOutput
+
+
+class Mixer(nn.Module, ABC):
+    """Contract: a normalised stream `[B, T, E]` to `[B, T, D]`, and what is carried on."""
+
+    width: int
+    """D."""
+
+    @abstractmethod
+    def initial(self, batch: int) -> Tensor:
+        """Return what is carried before any text, `[B, ...]`."""
+
+    @abstractmethod
+    def forward(
+        self, x: Tensor, carried: Tensor, starts: Tensor, real: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mix `[B, T, E]` along T; `starts` and `real` as in `LanguageModel.forward`."""
+
+
+@final
+class GatedMixer(Mixer):
+    """`nn.LSTM` or `nn.GRU`, begun anew at every dialogue.
+
+    PyTorch's layers cannot be reset inside a sequence: the pieces between starts are packed.
+    """
+
+    def __init__(self, kind: str, embedding_width: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        layer = nn.LSTM if kind == "lstm" else nn.GRU
+        self.layer: Any = layer(embedding_width, width)
+        self.num_parts = 2 if kind == "lstm" else 1
+        if kind == "lstm":
+            # remembers from the start (Jozefowicz et al. 2015)
+            with torch.no_grad():
+                self.layer.bias_hh_l0[width : 2 * width] = 1.0
+
+    def initial(self, batch: int) -> Tensor:
+        """Return zeros, `[B, parts, D]`."""
+        return self.layer.weight_hh_l0.new_zeros(batch, self.num_parts, self.width)
+
+    def forward(
+        self, x: Tensor, carried: Tensor, starts: Tensor, real: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Run all pieces side by side; those that begin a dialogue from zero."""
+        pieces = Pieces.of(starts, real)
+        if not len(pieces.lane):
+            return x.new_zeros(*x.shape[:2], self.width), carried
+        packed = nn.utils.rnn.PackedSequence(
+            x.flatten(0, 1)[pieces.flat], torch.from_numpy(pieces.batch_sizes)
+        )
+        first = (carried[pieces.lane] * pieces.goes_on[:, None, None]).transpose(0, 1)
+        before: Any = (
+            first[0][None].contiguous(),
+            first[1][None].contiguous(),
+        ) if self.num_parts == 2 else first.contiguous()  # fmt: skip
+        found, after = self.layer(packed, before)
+        mixed = x.new_zeros(x.shape[0] * x.shape[1], self.width)
+        mixed = mixed.index_copy(0, pieces.flat, found.data).unflatten(0, x.shape[:2])
+        ended = torch.cat(after) if self.num_parts == 2 else after
+        carried = carried.index_copy(
+            0, pieces.lane[pieces.is_last], ended.transpose(0, 1)[pieces.is_last]
+        )
+        return mixed, carried
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pieces:
+    """The parts of a segment that belong to one dialogue each, the longest first."""
+
+    lane: Tensor
+    """Sequence of each piece, `[P]`."""
+    goes_on: Tensor
+    """Whether it continues a dialogue of the segment before, `[P]`."""
+    is_last: Tensor
+    """Whether it is the last of its sequence, `[P]`."""
+    flat: Tensor
+    """Positions of all pieces in `[B * T]`, as a packed sequence holds them."""
+    batch_sizes: Any
+    """Pieces that reach each position, int64 `[L]`."""
+    table: Tensor
+    """Where each position of each piece stands in `[B * T]`, `[P, L]`; 0 behind its end."""
+    inside: Tensor
+    """Whether a place of `table` is of the piece, `[P, L]`."""
+
+    @classmethod
+    def of(cls, starts: Tensor, real: Tensor) -> "Pieces":
+        """Cut a segment `[B, T]` at the starts of dialogues; padding must stand at the end.
+
+        >>> starts = torch.tensor([[False, False, True], [True, False, False]])
+        >>> pieces = Pieces.of(starts, torch.ones(2, 3, dtype=torch.bool))
+        >>> pieces.table.tolist(), pieces.goes_on.tolist()
+        ([[3, 4, 5], [0, 1, 0], [2, 0, 0]], [False, True, False])
+        """
+        begins = starts.clone()
+        begins[:, 0] = True
+        begins &= real
+        lane, position = begins.nonzero(as_tuple=True)
+        length = real.shape[1]
+        ends = torch.where(real.any(dim=1), real.long().sum(dim=1), 0)
+        # a piece ends where the next of its sequence begins
+        following = torch.cat([position[1:], position.new_zeros(1)])
+        same = torch.cat([lane[1:] == lane[:-1], lane.new_zeros(1, dtype=torch.bool)])
+        until = torch.where(same, following, ends[lane])
+        size = until - position
+        order = size.argsort(descending=True, stable=True)
+        lane, position, size, same = lane[order], position[order], size[order], same[order]
+        offset = torch.arange(int(size.max()) if len(size) else 0, device=real.device)
+        inside = offset < size[:, None]
+        table = (lane * length + position)[:, None] + offset
+        return cls(
+            lane=lane,
+            goes_on=~starts[lane, position],
+            is_last=~same,
+            flat=table.T[inside.T],
+            batch_sizes=inside.sum(dim=0).cpu().numpy(),
+            table=table.masked_fill(~inside, 0),
+            inside=inside,
+        )
+
+
+@final
+class MinGRUMixer(Mixer):
+    """`h_t = (1 - z_t) h_{t-1} + z_t h~_t`, gate and candidate from the input alone.
+
+    Source: "Were RNNs all we needed?" (arXiv:2410.01201).
+    """
+
+    def __init__(self, embedding_width: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.both = nn.Linear(embedding_width, 2 * width)
+
+    def initial(self, batch: int) -> Tensor:
+        """Return zeros, `[B, D]`."""
+        return self.both.weight.new_zeros(batch, self.width)
+
+    def forward(
+        self, x: Tensor, carried: Tensor, starts: Tensor, real: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Solve the linear recurrence in parallel; padding holds."""
+        candidate, gate = self.both(x.transpose(0, 1)).chunk(2, dim=-1)
+        gate = torch.sigmoid(gate).masked_fill(~real.T[..., None], 0.0)
+        decay = (1.0 - gate).masked_fill(starts.T[..., None], 0.0)
+        source = gate * candidate
+        source = torch.cat([source[:1] + decay[:1] * carried, source[1:]])
+        mixed = linear_recurrence(decay, source)
+        return mixed.transpose(0, 1), mixed[-1]
+
+
+@final
+class AttentionMixer(Mixer):
+    """Causal attention within a dialogue, over the last `window` positions, rotary.
+
+    In training a segment is its own context. In evaluation keys and values of the window are
+    carried on, so that no position knows less than others.
+
+    Source: RoFormer (arXiv:2104.09864); the carried window as in Transformer-XL
+    (arXiv:1901.02860), in evaluation only.
+    """
+
+    def __init__(self, width: int, num_heads: int, window: int) -> None:
+        super().__init__()
+        self.width, self.num_heads, self.window = width, num_heads, window
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+
+    def initial(self, batch: int) -> Tensor:
+        """Return no positions, `[B, 0, 2E + 1]`."""
+        return self.qkv.weight.new_zeros(batch, 0, 2 * self.width + 1)
+
+    def forward(
+        self, x: Tensor, carried: Tensor, starts: Tensor, real: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Attend to positions of the same dialogue, carried ones among them."""
+        query, keyed = self.qkv(x).split([self.width, 2 * self.width], dim=-1)
+        dialogue = starts.long().cumsum(dim=1)
+        num_before = carried.shape[1]
+        memory, alive = carried.split([2 * self.width, 1], dim=-1)
+        # what was carried belongs to the dialogue that the segment begins with, or to none
+        of = torch.cat([torch.where(alive[..., 0] > 0, 0, -1), dialogue], dim=1)
+        known = torch.cat([real.new_ones(len(x), num_before), real], dim=1)
+        keyed = torch.cat([memory, keyed], dim=1)
+        position = torch.arange(of.shape[1], device=x.device)
+        apart = position[num_before:, None] - position
+        mask = (apart >= 0) & (apart < self.window)
+        mask = mask & (dialogue[:, :, None] == of[:, None]) & known[:, None]
+        # padding attends to itself, since nothing is no distribution
+        mask = mask | (apart == 0)
+        cosine, sine = rotation(of.shape[1], self.width // self.num_heads, like=x)
+        key, value = self._heads(keyed).chunk(2)
+        mixed = F.scaled_dot_product_attention(
+            rotate(self._heads(query)[0], cosine[num_before:], sine[num_before:]),
+            rotate(key[0], cosine, sine),
+            value[0],
+            attn_mask=mask[:, None],
+        )
+        mixed = mixed.transpose(1, 2).flatten(2)
+        if self.training:
+            return mixed, carried
+        still = (of == dialogue[:, -1:]) & known
+        carried = torch.cat([keyed, still[..., None].to(keyed.dtype)], dim=-1)
+        return mixed, carried[:, -self.window :]
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """Return `[parts, B, N, T, E / N]` of `[B, T, parts * E]`."""
+        parts = x.unflatten(-1, (-1, self.num_heads, self.width // self.num_heads))
+        return parts.permute(2, 0, 3, 1, 4)
+
+
+@final
+class MambaMixer(Mixer):
+    """The mixer of `transformers`, by its plain PyTorch path; nothing is carried on.
+
+    It begins at zero in every piece: evaluate it on whole dialogues.
+
+    Source: Mamba (arXiv:2312.00752).
+    """
+
+    def __init__(self, width: int, state_size: int) -> None:
+        super().__init__()
+        # importing its modelling code takes seconds
+        from transformers import MambaConfig
+        from transformers.models.mamba import modeling_mamba
+
+        self.width = width
+        config = MambaConfig(hidden_size=width, state_size=state_size, num_hidden_layers=1)
+        self.inner = modeling_mamba.MambaMixer(config, 0)
+
+    def initial(self, batch: int) -> Tensor:
+        """Return nothing, `[B, 0]`."""
+        return self.inner.in_proj.weight.new_zeros(batch, 0)
+
+    def forward(
+        self, x: Tensor, carried: Tensor, starts: Tensor, real: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Run all pieces side by side, each from zero."""
+        pieces = Pieces.of(starts, real)
+        mixed = x.new_zeros(x.shape[0] * x.shape[1], self.width)
+        if len(pieces.lane):
+            found = self.inner(x.flatten(0, 1)[pieces.table])
+            mixed = mixed.index_copy(0, pieces.table[pieces.inside], found[pieces.inside])
+        return mixed.unflatten(0, x.shape[:2]), carried
+
+
+def make_mixer(config: PeerConfig) -> Mixer:
+    """Return a new mixer of the configured kind.
+
+    >>> make_mixer(PeerConfig(kind="mingru", embedding_width=8, width=16)).width
+    16
+    """
+    width = config.embedding_width
+    if config.kind in ("lstm", "gru"):
+        return GatedMixer(config.kind, width, config.width)
+    if config.kind == "mingru":
+        return MinGRUMixer(width, config.width)
+    if config.kind == "gpt":
+        return AttentionMixer(width, config.num_heads, config.window)
+    return MambaMixer(width, config.width)
+
+
+@final
+class Peer(LanguageModel):
+    """A language model of the same blocks as ours, with another recurrence.
+
+    >>> model = Peer(PeerConfig(kind="gru", embedding_width=8, width=8, mlp_width=8), 50)
+    >>> output = model(torch.tensor([[3, 1, 4], [1, 5, 9]]))
+    >>> output.features.shape, output.context.shape
+    (torch.Size([2, 3, 8]), torch.Size([2, 2, 1, 8]))
+    """
+
+    def __init__(self, config: PeerConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config, self.vocab_size = config, vocab_size
+        width = config.embedding_width
+        self.embedding = nn.Embedding(vocab_size, width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.embedding_norm = nn.LayerNorm(width)
+        mixers = [make_mixer(config) for _ in range(config.num_blocks)]
+        self.blocks = nn.ModuleList(
+            Block(mixer, width, mixer.width, config.mlp_width) for mixer in mixers
+        )
+        self.final_norm = nn.LayerNorm(width)
+        self.readout = nn.Linear(width, vocab_size, bias=False)
+        self.readout.weight = self.embedding.weight
+
+    def stages(self) -> list[Block[Mixer]]:
+        """Return the blocks, in the order in which a text passes them."""
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+    def initial_context(self, batch: int) -> Tensor:
+        """Return what each block carries before any text, `[B, K, ...]`."""
+        return torch.stack([block.cell.initial(batch) for block in self.stages()], dim=1)
+
+    def forward(
+        self,
+        ids: Tensor,
+        context: Tensor | None = None,
+        *,
+        starts: Tensor | None = None,
+        real: Tensor | None = None,
+    ) -> ModelOutput:
+        """Read token ids `[B, T]`; padding must stand at the end."""
+        if context is None:
+            context = self.initial_context(len(ids))
+        starts = torch.zeros_like(ids, dtype=torch.bool) if starts is None else starts
+        real = torch.ones_like(ids, dtype=torch.bool) if real is None else real
+        h = self.embedding_norm(self.embedding(ids))
+        carried = []
+        for block, own in zip(self.stages(), context.unbind(dim=1), strict=True):
+            mixed, after = block.cell(block.norm(h), own, starts, real)
+            carried.append(after)
+            h = block.read(h, mixed)
+        return ModelOutput(features=self.final_norm(h), context=torch.stack(carried, dim=1))

@@ -1,0 +1,127 @@
+"""Every peer keeps the contract of a language model: it is trained and scored as ours is."""
+
+from typing import get_args, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from helpers import store_of
+from new_llm.config import PeerConfig
+from new_llm.evaluate import evaluate
+from new_llm.model import token_losses
+from new_llm.peers import Peer, Pieces
+
+KINDS = get_args(get_type_hints(PeerConfig)["kind"])
+CARRYING = [kind for kind in KINDS if kind != "mamba"]
+V = 30
+
+
+def small_peer(kind: str, **changed: int) -> Peer:
+    torch.manual_seed(0)
+    config = PeerConfig(
+        kind=kind,  # pyright: ignore[reportArgumentType]
+        **{"embedding_width": 16, "width": 16, "mlp_width": 24, "window": 64, **changed},
+    )
+    peer = Peer(config, V).eval()
+    with torch.no_grad():
+        # at the start an MLP adds nothing
+        for block in peer.stages():
+            assert block.mlp is not None
+            torch.nn.init.normal_(block.mlp[3].weight)  # pyright: ignore[reportArgumentType]
+    return peer
+
+
+def text(batch: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids, starts and real of lanes that hold several dialogues and end in padding."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(V, (batch, length), generator=generator)
+    starts = torch.rand(batch, length, generator=generator) < 0.2
+    ends = torch.randint(length + 1, (batch, 1), generator=generator)
+    real = torch.arange(length) < ends
+    return ids, starts & real, real
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dialogue_knows_nothing_of_others_nor_of_what_follows(kind: str) -> None:
+    peer = small_peer(kind)
+    ids, starts, real = text(4, 23)
+    found = peer(ids, starts=starts, real=real).features
+    for lane in range(len(ids)):
+        begins = sorted({0, *starts[lane].nonzero()[:, 0].tolist()})
+        length = int(real[lane].sum())
+        for begin, end in zip(begins, [*begins[1:], length], strict=True):
+            for stop in {end, (begin + end + 1) // 2}:
+                if begin < stop:
+                    alone = peer(ids[None, lane, begin:stop]).features[0]
+                    torch.testing.assert_close(found[lane, begin:stop], alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", CARRYING)
+@settings(max_examples=10)
+@given(seed=st.integers(0, 10_000), cut=st.integers(1, 22))
+def test_what_is_carried_is_all_that_is_remembered(kind: str, seed: int, cut: int) -> None:
+    peer = small_peer(kind)
+    ids, starts, real = text(3, 23, seed)
+    whole = peer(ids, starts=starts, real=real)
+    first = peer(ids[:, :cut], starts=starts[:, :cut], real=real[:, :cut])
+    second = peer(ids[:, cut:], first.context, starts=starts[:, cut:], real=real[:, cut:])
+    found = torch.cat([first.features, second.features], dim=1)
+    torch.testing.assert_close(found[real], whole.features[real], atol=1e-5, rtol=1e-4)
+
+
+def test_attention_reaches_as_far_as_its_window() -> None:
+    peer = small_peer("gpt", window=4, num_blocks=1)
+    ids = torch.randint(V, (1, 12))
+    before = peer(ids).features
+    other = ids.clone()
+    other[0, 5] = (other[0, 5] + 1) % V
+    moved = (peer(other).features - before).abs().amax(dim=-1)[0]
+    assert (moved > 1e-6).nonzero()[:, 0].tolist() == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_few_steps_learn(kind: str) -> None:
+    peer = small_peer(kind)
+    peer.train()
+    ids = (torch.arange(40)[None] + torch.tensor([[0], [3]])) % 7
+    optimiser = torch.optim.Adam(peer.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(40):
+        features = peer(ids[:, :-1]).features.flatten(0, 1)
+        ones = torch.full((len(features),), 1.0 / len(features))
+        loss = token_losses(
+            features, peer.readout.weight, ids[:, 1:].flatten(), ones, chunk=64
+        ).loss
+        optimiser.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None for p in peer.parameters())
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize("kind", CARRYING)
+def test_evaluation_does_not_depend_on_segments(kind: str) -> None:
+    peer = small_peer(kind)
+    generator = np.random.default_rng(0)
+    store = store_of([generator.integers(V, size=n).tolist() for n in (9, 31, 2, 14, 50)])
+    whole = evaluate(peer, store, batch_size=2, segment_length=64)
+    cut = evaluate(peer, store, batch_size=2, segment_length=8)
+    assert cut.loss == pytest.approx(whole.loss, abs=1e-5)
+    assert cut.num_tokens == whole.num_tokens
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 10_000), batch=st.integers(1, 4), length=st.integers(1, 12))
+def test_pieces_hold_every_real_position_once(seed: int, batch: int, length: int) -> None:
+    _, starts, real = text(batch, length, seed)
+    pieces = Pieces.of(starts, real)
+    expected = real.flatten().nonzero()[:, 0]
+    assert pieces.flat.sort().values.tolist() == expected.tolist()
+    assert pieces.table[pieces.inside].sort().values.tolist() == expected.tolist()
+    assert int(pieces.batch_sizes.sum()) == len(expected)
+    assert int(pieces.is_last.sum()) == int(real.any(dim=1).sum())
