@@ -13,7 +13,9 @@ from new_llm.cli import main
 SMALL = "--lengths 16 64 --batches 1 2 --tokens 12000 --width 64 --quiet".split()
 
 
-@pytest.mark.parametrize("name", sorted(set(BENCHES) - {"token-scope", "document", "memory"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(BENCHES) - {"token-scope", "document", "memory", "quality"})
+)
 def test_a_benchmark_writes_rows_versions_and_threads(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -46,6 +48,9 @@ def test_a_long_benchmark_too(name: str, tmp_path: Path) -> None:
         (["nothing"], "a benchmark is one of"),
         (["engines", "--threads", "0"], "at least 1"),
         (["engines", "--lengths", "0"], "at least 1"),
+        (["quality", "--workers", "0"], "at least 1"),
+        (["quality"], "add --out DIR"),
+        (["quality", "--out", "q", "--data", "nowhere"], "train.jsonl"),
         (["sweeps", "--checkpoint", "nowhere"], "nowhere"),
         pytest.param(
             ["engines", "--device", "cuda"], "GPU",

@@ -20,7 +20,7 @@ from new_llm.data import (
     temporary_store,
     write_store,
 )
-from new_llm.dialogues import Messages, ReadReport, read_dialogues
+from new_llm.dialogues import Messages, ReadReport, read_dialogues, source_files
 from new_llm.errors import CheckpointError, DataError
 from new_llm.tokenizer import ChatTokenizer
 
@@ -116,6 +116,21 @@ def test_all_local_forms_are_the_same(tmp_path: Path) -> None:
         assert read(tmp_path / name) == dialogues
     assert read(tmp_path) == dialogues * 3
     assert read(plain, max_dialogues=2) == dialogues[:2]
+
+
+def test_commas_join_sources_but_may_stand_in_a_name(tmp_path: Path) -> None:
+    first, second = many(3), many(5)[3:]
+    one = write_jsonl(tmp_path / "one.jsonl", first)
+    two = write_jsonl(tmp_path / "two, three.jsonl", second)
+    other = write_jsonl(tmp_path / "other.jsonl", second)
+    assert read(two) == second
+    assert read(f"{one}, {other}") == first + second
+    assert len(read(f"{one},chitchat-dataset", max_dialogues=7)) == 7
+    assert source_files(f"{one},{other}") == [one, other]
+    with pytest.raises(DataError, match="either side"):
+        read(f"{one},")
+    with pytest.raises(DataError, match="missing"):
+        read(f"{one},{tmp_path / 'missing.jsonl'}")
 
 
 def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "new_llm"
 ORDER = [
     "errors", "config", "console", "files", "dialogues", "tokenizer", "data", "cell",
     "counts", "fixed_point", "scan", "recurrence", "measurements", "doctor", "model", "checkpoint",
-    "evaluate", "phase1", "cache", "phase2", "stepper", "generate", "baselines", "peers", "bench",
-    "records", "plots", "report", "pipeline", "specimens", "trials",
-    "laboratory", "experiments", "claims", "lab", "cli", "__main__",
+    "evaluate", "phase1", "cache", "phase2", "stepper", "generate", "baselines", "peers",
+    "records", "plots", "report", "pipeline", "specimens", "runner", "trials",
+    "laboratory", "experiments", "claims", "lab", "quality", "bench", "cli", "__main__",
 ]  # fmt: skip
 
 

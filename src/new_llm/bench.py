@@ -30,10 +30,11 @@ from .data import TokenStore
 from .dialogues import ReadReport, read_dialogues
 from .errors import ConfigError, DataError
 from .evaluate import evaluate
-from .files import read_json, write_json
+from .files import read_json, write_json, write_text
 from .fixed_point import PART_TOKENS, solve
 from .model import NewLLM, num_parameters, solve_tokens
 from .phase1 import train
+from .quality import Quality
 from .recurrence import Engine, carry
 from .scan import scan, scan_by_steps
 from .stepper import Stepper
@@ -44,6 +45,7 @@ BATCHES = (1, 8, 64)
 # a case that would take longer is left out, and its row says so
 _LONGEST_SECONDS = 60.0
 _REPEATS = 5
+_LONGEST_TEXT = 1_000_000
 
 Rows = list[dict[str, Any]]
 
@@ -61,8 +63,12 @@ class Bench:
     lengths: tuple[int, ...] = LENGTHS
     batches: tuple[int, ...] = BATCHES
     width: int = WIDTH
-    tokens: int = 1_000_000
-    """Tokens of the longest text."""
+    tokens: int | None = None
+    """Tokens of the longest text; None is what the benchmark is meant for."""
+    num_workers: int | None = None
+    """Processes that train side by side."""
+    out: Path | None = None
+    """Folder that keeps what is finished."""
     kept: dict[str, Any] = field(default_factory=dict)
 
 
@@ -483,9 +489,10 @@ def flatness(bench: Bench) -> Rows:
     step, context, token = Stepper(model), model.initial_context(1), 1
     fresh = model.initial_context(1)
     size, rows = 200, []
-    marks = [10**k for k in range(3, 1 + math.floor(math.log10(bench.tokens)))]
+    longest = bench.tokens or _LONGEST_TEXT
+    marks = [10**k for k in range(3, 1 + math.floor(math.log10(longest)))]
     done = 0
-    with bench.console.track("flatness", bench.tokens) as advance:
+    with bench.console.track("flatness", longest) as advance:
         for mark in marks:
             while done < mark - 25 * size:
                 token = int(step(token, context).argmax())
@@ -524,7 +531,8 @@ def _peak_mib() -> float:
 def document(bench: Bench) -> Rows:
     """Evaluate one document of a million tokens: memory beside that of a tenth of it."""
     rows: Rows = []
-    for tokens in (bench.tokens // 10, bench.tokens):
+    longest = bench.tokens or _LONGEST_TEXT
+    for tokens in (longest // 10, longest):
         found = _apart(_evaluate_document, bench, tokens)
         rows.append({"tokens": tokens, **found})
     rows[-1]["peak over a tenth"] = rows[-1]["peak_mib"] / rows[0]["peak_mib"]
@@ -646,11 +654,36 @@ def _cured(name: str, bench: Bench) -> NewLLM:
     shape = replace(
         own.model, cell=name, num_blocks=1, num_layers=layers, mlp_width=0, **_widths(bench.width)
     )
-    vocab_size = min(_GPT2_IDS, bench.tokens)
+    vocab_size = min(_GPT2_IDS, bench.tokens or _GPT2_IDS)
     model = NewLLM(shape, vocab_size)
     ids = torch.arange(0, vocab_size, 4)
     train(model, ids, [], own.phase1, seed=0, console=bench.console, log=lambda row: None)
     return model.eval()
+
+
+def quality(bench: Bench) -> Rows:
+    """Train ours and its peers on the same tokens, then for the same time; hours."""
+    if bench.out is None:
+        raise ConfigError(
+            "bench quality trains for hours and keeps what is finished, no folder was given; "
+            "add --out DIR"
+        )
+    data = None if bench.data is None else Path(bench.data)
+    if data is not None and not (data / "train.jsonl").is_file():
+        raise ConfigError(
+            f"bench quality needs a folder with train.jsonl and valid.jsonl, got {data}; "
+            "or leave --data out"
+        )
+    asked = Quality(
+        console=bench.console,
+        out=bench.out,
+        data=data,
+        width=bench.width,
+        num_workers=bench.num_workers,
+    )
+    if bench.tokens is not None:
+        asked = replace(asked, tokens=bench.tokens, tuning_tokens=max(1, bench.tokens // 2))
+    return asked.run()
 
 
 BENCHES: dict[str, Callable[[Bench], Rows]] = {
@@ -662,7 +695,10 @@ BENCHES: dict[str, Callable[[Bench], Rows]] = {
     "flatness": flatness,
     "document": document,
     "memory": memory,
+    "quality": quality,
 }
+# keeps its trials itself, and takes hours
+_BY_NAME_ONLY = "quality"
 
 
 def run_bench(
@@ -670,14 +706,16 @@ def run_bench(
     *,
     console: Console,
     out: Path | None = None,
+    page: Path | None = None,
     **settings: Any,
 ) -> dict[str, dict[str, Any]]:
     """Run one benchmark or all, print their tables and return their rows, versions and threads.
 
     Args:
-        name: of the benchmark, or `all`.
+        name: of the benchmark, or `all`, which is all but `quality`.
         console: for progress and tables.
         out: folder that keeps finished benchmarks; they are not run again.
+        page: file for the tables, as Markdown.
         settings: of `Bench`.
 
     Raises:
@@ -685,27 +723,54 @@ def run_bench(
     """
     if name not in (*BENCHES, "all"):
         raise ConfigError(f"a benchmark is one of {', '.join(BENCHES)} or all; got {name!r}")
-    bench = Bench(console=console, **settings)
+    bench = Bench(console=console, out=out, **settings)
     if bench.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda needs a GPU that PyTorch sees, there is none; use cpu")
     results = {}
-    for chosen in BENCHES if name == "all" else [name]:
+    for chosen in [one for one in BENCHES if one != _BY_NAME_ONLY] if name == "all" else [name]:
         about = _about(bench)
         plain = {key: str(value) for key, value in settings.items()}
         kept = None if out is None else out / f"{chosen}-{fingerprint([about, plain])[:12]}.json"
-        if kept is not None and kept.exists():
+        if kept is not None and kept.exists() and chosen != _BY_NAME_ONLY:
             result = read_json(kept, "the result of a benchmark")
         else:
             torch.manual_seed(0)
             result = {"rows": BENCHES[chosen](bench), **about}
-            if kept is not None:
+            if kept is not None and chosen != _BY_NAME_ONLY:
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 write_json(kept, result)
         results[chosen] = result
-        columns = list(dict.fromkeys(key for row in result["rows"] for key in row if key != "why"))
-        cells = [[format_cell(row.get(key)) for key in columns] for row in result["rows"]]
-        console.table(f"{chosen}, {result['threads']} threads", columns, cells)
+        for title, columns, cells in _tables(chosen, result):
+            console.table(title, columns, cells)
+    if page is not None:
+        write_text(page, _markdown(results))
     return results
+
+
+def _tables(
+    name: str, result: dict[str, Any]
+) -> Iterator[tuple[str, list[str], list[list[object]]]]:
+    """Yield title, columns and cells of the tables of a benchmark's rows."""
+    about = f"{result['threads']} threads"
+    for table in dict.fromkeys(row.get("table") for row in result["rows"]):
+        rows = [row for row in result["rows"] if row.get("table") == table]
+        columns = list(
+            dict.fromkeys(key for row in rows for key in row if key not in ("why", "table"))
+        )
+        title = f"{name}, {about}" if table is None else f"{name}, {table}"
+        yield title, columns, [[format_cell(row.get(key)) for key in columns] for row in rows]
+
+
+def _markdown(results: dict[str, dict[str, Any]]) -> str:
+    parts = []
+    for name, result in results.items():
+        for title, columns, cells in _tables(name, result):
+            lines = [columns, ["---"] * len(columns), *cells]
+            table = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+            parts.append(f"## {title}\n\n{table}\n")
+        versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+        parts.append(f"{versions}; {result['device']}.\n")
+    return "\n".join(parts)
 
 
 def _about(bench: Bench) -> dict[str, Any]:

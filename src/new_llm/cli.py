@@ -121,14 +121,18 @@ class LabOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """Measure speed and memory against peers in one run: ratios count, absolute figures drift."""
+    """Measure speed, memory and quality against peers in one run: ratios count, seconds drift.
+
+    `all` is all but `quality`, which trains for hours.
+    """
 
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME|all")]
     """The benchmark."""
     checkpoint: Path | None = None
     """A trained model's folder; without one, weights are as the default preset draws them."""
     data: str | None = None
-    """Dialogues, for benchmarks on real text."""
+    """Dialogues, for benchmarks on real text; of `quality` a folder with train.jsonl and
+    valid.jsonl, which are mixed with the default chats."""
     out: Path | None = None
     """Folder that keeps what is finished, so that the command can be repeated."""
     lengths: tuple[int, ...] = (64, 512, 2048, 16384)
@@ -137,14 +141,19 @@ class BenchOptions:
     """Sequences side by side."""
     width: int = 256
     """Width of contexts, embeddings and hidden layers, where no checkpoint decides it."""
-    tokens: int = 1_000_000
-    """Tokens of the longest text; ids of `token-scope`, at most GPT-2's."""
+    tokens: int | None = None
+    """Tokens of the longest text; ids of `token-scope`, at most GPT-2's; those that a model of
+    `quality` is trained on."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where."""
     threads: int | None = None
     """Threads of PyTorch; none leaves them as they are."""
+    workers: int | None = None
+    """Processes of one thread that train side by side, `quality`; none is one a core."""
     json: Path | None = None
     """Also write the rows here."""
+    page: Path | None = None
+    """Also write the tables here, as Markdown."""
     quiet: bool = False
     """Show results only, no progress."""
 
@@ -349,15 +358,17 @@ def _bench(options: BenchOptions) -> None:
     from .bench import run_bench
 
     _require_file(options.json)
+    _require_file(options.page)
     if options.threads is not None:
         if options.threads < 1:
             raise ConfigError(f"--threads needs at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
-    numbers = (*options.lengths, *options.batches, options.tokens, options.width // 8)
+    given = [number for number in (options.tokens, options.workers) if number is not None]
+    numbers = (*options.lengths, *options.batches, *given, options.width // 8)
     if min(numbers) < 1 or not options.lengths or not options.batches:
         raise ConfigError(
-            "--lengths, --batches and --tokens need numbers of at least 1, --width of 8, "
-            f"got {options.lengths}, {options.batches}, {options.tokens} and {options.width}"
+            "--lengths, --batches, --tokens and --workers need numbers of at least 1, "
+            f"--width of 8, got {options.lengths}, {options.batches}, {given} and {options.width}"
         )
     rows = run_bench(
         options.name,
@@ -370,6 +381,8 @@ def _bench(options: BenchOptions) -> None:
         width=options.width,
         tokens=options.tokens,
         device=options.device,
+        num_workers=options.workers,
+        page=options.page,
     )
     _write_json(options.json, rows)
 

@@ -147,7 +147,8 @@ class DataConfig:
     """Where dialogues come from and how they become tokens."""
 
     source: str = "chitchat-dataset"
-    """JSONL or Parquet file, hub name, or `chitchat-dataset` (the default package)."""
+    """JSONL or Parquet file, hub name, or `chitchat-dataset` (the default package); several with
+    commas between them."""
     split: str = "train_sft"
     """Split, where the source is a hub name."""
     valid: str | None = None

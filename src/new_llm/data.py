@@ -143,6 +143,15 @@ def dialogue_hash(messages: Messages) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
+def is_held_out(messages: Messages, share: float) -> bool:
+    """Return whether a dialogue is among the share that its hash holds out.
+
+    >>> is_held_out([{"role": "user", "content": "hello"}], 1.0)
+    True
+    """
+    return int.from_bytes(dialogue_hash(messages)[:8], "big") / 2.0**64 < share
+
+
 def prepare(
     config: DataConfig,
     folder: Path,
@@ -253,8 +262,7 @@ class _Source:
         )
 
     def is_held_out(self, messages: Messages) -> bool:
-        share = int.from_bytes(dialogue_hash(messages)[:8], "big") / 2.0**64
-        return share < self.config.valid_fraction
+        return is_held_out(messages, self.config.valid_fraction)
 
     def texts(self, splits: bool) -> Iterator[str]:
         """Yield contents of training dialogues, as many as a vocabulary is trained on."""

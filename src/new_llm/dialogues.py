@@ -56,7 +56,8 @@ def read_dialogues(
     """Yield the dialogues of a source in its own order.
 
     Args:
-        source: `chitchat-dataset`, a JSONL or Parquet file, a folder of them, or a hub name.
+        source: `chitchat-dataset`, a JSONL or Parquet file, a folder of them, or a hub name;
+            several one after another, with commas between them.
         split: where the source is a hub name.
         on_bad_row: `error` stops at a row that is not a dialogue, `skip` counts it.
         max_dialogues: yield at most so many.
@@ -132,11 +133,25 @@ def check_dialogue(row: Any, place: str) -> Messages:
 
 
 def source_files(source: str) -> list[Path]:
-    """Return the local files of a source; none where it is the default package or a hub name.
+    """Return the local files of a source; none of the default package or of a hub name.
 
     Raises:
         DataError: it is written like a path, but there is nothing; or the folder has no data.
     """
+    return [path for part in _parts(source) for path in _files(part)]
+
+
+def _parts(source: str) -> list[str]:
+    """Return the sources that commas join; a file may have commas in its name."""
+    if "," not in source or Path(source).expanduser().exists():
+        return [source]
+    parts = [part.strip() for part in source.split(",")]
+    if not all(parts):
+        raise DataError(f"a source on either side of each comma expected, got {source!r}")
+    return parts
+
+
+def _files(source: str) -> list[Path]:
     if source == DEFAULT_SOURCE:
         return []
     path = Path(source).expanduser()
@@ -158,12 +173,16 @@ def source_files(source: str) -> list[Path]:
 
 def _rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
     """Yield every row with the words that say where it stands; a bad line is its own error."""
-    if source == DEFAULT_SOURCE:
-        yield from _chitchat_rows()
-        return
-    files = source_files(source)
-    if not files:
-        yield from _hub_rows(source, split)
+    for part in _parts(source):
+        if part == DEFAULT_SOURCE:
+            yield from _chitchat_rows()
+        elif files := _files(part):
+            yield from _file_rows(files)
+        else:
+            yield from _hub_rows(part, split)
+
+
+def _file_rows(files: list[Path]) -> Iterator[tuple[str, Any]]:
     for path in files:
         if path.stat().st_size == 0:
             raise DataError(f"a file with dialogues expected, {path} is empty; check the path")

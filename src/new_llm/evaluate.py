@@ -5,7 +5,7 @@ The only place where a model is handed to the doctor.
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from .cell import ContextCell, ConvexCell, Weights
 from .config import SolverConfig
 from .console import Advance
-from .data import SegmentStream, TokenStore, held_out_ids
+from .data import Segment, SegmentStream, TokenStore, held_out_ids
 from .doctor import (
     THRESHOLDS,
     Diagnosis,
@@ -44,6 +44,8 @@ _AGES = 256
 # relative difference of a parallel solve from an exact scan, from which the scan is used
 _AUDITED = 1e-3
 _LOSS_CHUNK = 1024
+# of a bootstrap, and tokens of past that are shown together
+_DRAWS, _PAST_STEP = 2000, 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +73,23 @@ class Evaluation:
 def head(store: TokenStore, num_tokens: int) -> TokenStore:
     """Return the first whole dialogues of a store that hold about `num_tokens`."""
     count = int(np.searchsorted(store.offsets[1:], num_tokens)) + 1
-    count = min(count, store.num_dialogues)
-    end = int(store.offsets[count])
+    return _cut(store, 0, min(count, store.num_dialogues))
+
+
+def _parts(store: TokenStore, num_dialogues: int) -> Iterator[TokenStore]:
+    """Yield a store in parts of so many dialogues."""
+    for first in range(0, store.num_dialogues, num_dialogues):
+        yield _cut(store, first, min(first + num_dialogues, store.num_dialogues))
+
+
+def _cut(store: TokenStore, first: int, last: int) -> TokenStore:
+    begin, end = int(store.offsets[first]), int(store.offsets[last])
     return replace(
         store,
-        tokens=store.tokens[:end],
-        assistant=store.assistant[:end],
-        offsets=store.offsets[: count + 1],
-        num_content_bytes=store.num_content_bytes[:count],
+        tokens=store.tokens[begin:end],
+        assistant=store.assistant[begin:end],
+        offsets=store.offsets[first : last + 1] - begin,
+        num_content_bytes=store.num_content_bytes[first:last],
     )
 
 
@@ -88,33 +99,29 @@ def evaluate(
     store: TokenStore,
     *,
     batch_size: int = 16,
-    segment_length: int = 512,
+    segment_length: int | None = 512,
     engine: Engine | Literal["auto"] = "auto",
     advance: Advance | None = None,
 ) -> Evaluation:
     """Return the losses of a model on all dialogues of a store, contexts carried, dropout off.
 
     Memory does not grow with the length of a dialogue: segments follow one another, and their
-    contexts are carried.
+    contexts are carried. Without a `segment_length` every dialogue is read whole, for models that
+    carry nothing.
 
     Raises:
         DataError: no token can be predicted.
     """
     was_training = model.training
     model.eval()
-    stream = SegmentStream(
-        store,
-        batch_size=min(batch_size, store.num_dialogues),
-        segment_length=segment_length,
-        seed=None,
-    )
     device = model.embedding.weight.device
-    context = model.initial_context(min(batch_size, store.num_dialogues))
+    context = model.initial_context(0)
     read = _Engined(model, engine) if isinstance(model, NewLLM) else model
     nats = assistant_nats = 0.0
     count = assistant_count = correct = 0
-    for index in range(stream.num_segments):
-        segment = stream.segment(0, index)
+    for segment, fresh in _segments(store, batch_size, segment_length):
+        if fresh:
+            context = model.initial_context(len(segment.tokens))
         ids, targets, counts, starts, real, assistant = (
             torch.from_numpy(part).to(device)
             for part in (
@@ -157,6 +164,20 @@ def evaluate(
         num_tokens=count,
         num_bytes=num_bytes,
     )
+
+
+def _segments(
+    store: TokenStore, batch_size: int, segment_length: int | None
+) -> Iterator[tuple[Segment, bool]]:
+    """Yield segments of a store, and whether nothing is carried into them."""
+    parts = [store] if segment_length is not None else _parts(store, batch_size)
+    for part in parts:
+        lanes = min(batch_size, part.num_dialogues)
+        # as many lanes as dialogues: each has one, whole
+        length = segment_length or int(np.diff(part.offsets).max())
+        stream = SegmentStream(part, batch_size=lanes, segment_length=length, seed=None)
+        for index in range(stream.num_segments):
+            yield stream.segment(0, index), index == 0
 
 
 class _Engined:
@@ -359,6 +380,86 @@ def memory_gain(model: NewLLM, ids: Tensor, starts: Tensor, real: Tensor) -> tup
         if len(chosen) and chosen.mean() < THRESHOLDS.amnesia_nats:
             return gain, float(low)
     return gain, float(_AGES)
+
+
+@torch.no_grad()
+def rebuilt_gains(
+    model: LanguageModel,
+    store: TokenStore,
+    reaches: Sequence[int] = (16, 64, 128),
+    *,
+    num_dialogues: int = 20,
+    num_positions: int = 1000,
+) -> dict[int, dict[str, Any]]:
+    """Return what the whole past is worth beyond one rebuilt from the last tokens only, in nats.
+
+    In the longest dialogues of a store, evenly spaced tokens with more past than the largest reach
+    are predicted twice: from all that was said, and from the last tokens read from zero. The
+    difference is paired; its interval is that of 2,000 draws of whole dialogues (percentile
+    bootstrap, Efron 1979).
+
+    Args:
+        model: in any mode; it is evaluated.
+        store: held-out dialogues.
+        reaches: tokens that a context is rebuilt from.
+        num_dialogues: the longest so many.
+        num_positions: predicted tokens of all dialogues together, about.
+
+    Returns:
+        For each reach `mean`, `low`, `high` (95 %), and `by_past`: the mean gain by the tokens
+        before, in steps of 128.
+
+    Raises:
+        DataError: no dialogue is long enough.
+    """
+    was_training = model.training
+    model.eval()
+    longest, device = max(reaches), model.embedding.weight.device
+    order = np.argsort(-np.diff(store.offsets), kind="stable")[:num_dialogues]
+    texts = [torch.from_numpy(store.dialogue(i).astype(np.int64)).to(device) for i in order]
+    texts = [ids for ids in texts if len(ids) > longest + 1]
+    if not texts:
+        raise DataError(f"a dialogue of more than {longest + 1} tokens expected, got none")
+    every = max(1, sum(len(ids) - longest - 1 for ids in texts) // num_positions)
+    places = [torch.arange(longest + 1, len(ids), every) for ids in texts]
+    whole = [
+        _nats(model, ids[None, :-1], ids[None, 1:])[0, at - 1].cpu()
+        for ids, at in zip(texts, places, strict=True)
+    ]
+    found = {}
+    for reach in reaches:
+        gains = []
+        for ids, at, known in zip(texts, places, whole, strict=True):
+            window = at[:, None] + torch.arange(-reach, 0)
+            nats = [_nats(model, ids[part], ids[part + 1])[:, -1] for part in window.split(64)]
+            gains.append(torch.cat(nats).cpu() - known)
+        found[reach] = _bootstrapped(gains, places)
+    model.train(was_training)
+    return found
+
+
+def _nats(model: LanguageModel, ids: Tensor, targets: Tensor) -> Tensor:
+    """Return the negative log-likelihood of each target, `[B, T]`."""
+    features = model(ids).features.flatten(0, 1)
+    ones = torch.ones(len(features), device=ids.device)
+    nats = token_losses(
+        features, model.readout.weight, targets.flatten(), ones, chunk=_LOSS_CHUNK
+    ).nats
+    return nats.unflatten(0, ids.shape)
+
+
+def _bootstrapped(gains: list[Tensor], places: list[Tensor]) -> dict[str, Any]:
+    draws = np.random.default_rng(0).integers(len(gains), size=(_DRAWS, len(gains)))
+    sums = np.array([gain.double().sum().item() for gain in gains])
+    counts = np.array([len(gain) for gain in gains])
+    means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    past, gain = torch.cat(places) // _PAST_STEP, torch.cat(gains)
+    by_past = {
+        str(int(step) * _PAST_STEP): gain[past == step].mean().item() for step in past.unique()
+    }
+    return {"mean": sums.sum() / counts.sum(), "low": float(low), "high": float(high),
+            "by_past": by_past}  # fmt: skip
 
 
 def verdict_dict(token: Diagnosis, sequence: Diagnosis | None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from .evaluate import token_verdict
 from .measurements import effective_rank, mean_cosine
 from .model import NewLLM
 from .phase1 import SEED_SOLVER, train, train_repetition, train_residual_literal
+from .runner import Numbers
 from .scan import scan
 from .specimens import examine
 
@@ -35,7 +36,6 @@ SEED_VOCAB_SIZE = 50_259
 # held-out ids of a trial's verdict: enough to name a collapse, and quick
 _VERDICT_IDS = 256
 
-Numbers = dict[str, Any]
 Rule = dict[str, Any]
 """A stop rule: fields of `SolverConfig`."""
 

@@ -1,0 +1,493 @@
+"""Quality against peers: the same dialogues, tokens, optimiser and evaluation for every model.
+
+A trial trains one model and scores it. Trials run side by side in processes of one thread and are
+kept, each with its exact config, in a folder from which tables are made again without training.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .config import (
+    ModelConfig,
+    PeerConfig,
+    Phase1Config,
+    Phase2Config,
+    fingerprint,
+    from_dict,
+    preset,
+    to_dict,
+)
+from .console import Console
+from .counts import KneserNey
+from .data import TokenStore, dialogue_hash, held_out_ids, is_held_out, write_store
+from .dialogues import DEFAULT_SOURCE, Messages, ReadReport, read_dialogues
+from .errors import CheckpointError, DataError
+from .evaluate import Evaluation, evaluate, rebuilt_gains, sequence_verdict, token_verdict
+from .files import read_json, write_json
+from .model import LanguageModel, NewLLM, num_parameters
+from .peers import Peer
+from .phase1 import train as train_phase1
+from .phase2 import Phase2Data, Phase2Result
+from .phase2 import train as train_phase2
+from .runner import Numbers, Runner
+from .tokenizer import ChatTokenizer
+
+# ours first, then what it is compared with
+PEERS = ("lstm", "gru", "mingru", "gpt", "mamba")
+LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+VOCAB_SIZE = 4096
+_HELD_OUT_SHARE = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Dialogues of one source or two, mixed to train on, held out apart."""
+
+    folder: Path
+    train: TokenStore
+    held_out: dict[str, TokenStore]
+    """By the name of the source."""
+    vocab_size: int
+    fingerprint: str
+
+    @classmethod
+    def open(cls, folder: Path) -> "Corpus":
+        """Open what `prepare_corpus` wrote."""
+        record = read_json(folder / "corpus.json", "a corpus")
+        return cls(
+            folder=folder,
+            train=TokenStore.open(folder / "train"),
+            held_out={name: TokenStore.open(folder / name) for name in record["held_out"]},
+            vocab_size=record["vocab_size"],
+            fingerprint=record["fingerprint"],
+        )
+
+
+def prepare_corpus(
+    folder: Path,
+    data: Path | None,
+    *,
+    vocab_size: int = VOCAB_SIZE,
+    max_dialogues: int | None = None,
+) -> Corpus:
+    """Tokenise the default chats, and `train.jsonl` and `valid.jsonl` of a folder, once.
+
+    A twentieth of the chats is held out by hash. The vocabulary is that of the training part.
+
+    Args:
+        folder: where it is kept.
+        data: a folder with both files; None is the chats alone.
+        vocab_size: of the BPE.
+        max_dialogues: of each source.
+
+    Raises:
+        DataError: dialogues cannot be read.
+        CheckpointError: `folder` holds a corpus of other sources.
+    """
+    asked = {"data": None if data is None else data.name, "vocab_size": vocab_size,
+             "max_dialogues": max_dialogues}  # fmt: skip
+    done = folder / "corpus.json"
+    if done.exists():
+        record = read_json(done, "a corpus")
+        if record["asked"] != asked:
+            raise CheckpointError(
+                f"{folder} holds the corpus of {record['asked']}, asked for is {asked}; "
+                "use a new --out"
+            )
+        return Corpus.open(folder)
+
+    def read(source: str) -> Iterator[Messages]:
+        return read_dialogues(
+            source, split="train_sft", on_bad_row="error", max_dialogues=max_dialogues,
+            report=ReadReport(),
+        )  # fmt: skip
+
+    parts = {"chats": [m for m in read(DEFAULT_SOURCE) if is_held_out(m, _HELD_OUT_SHARE)]}
+    if data is not None:
+        parts[data.name] = list(read(str(data / "valid.jsonl")))
+    known = {dialogue_hash(messages) for part in parts.values() for messages in part}
+
+    def training() -> Iterator[Messages]:
+        sources = [DEFAULT_SOURCE] + ([] if data is None else [str(data / "train.jsonl")])
+        for messages in chain.from_iterable(map(read, sources)):
+            if dialogue_hash(messages) not in known:
+                yield messages
+
+    texts = (message["content"] for messages in training() for message in messages)
+    tokenizer = ChatTokenizer.train(texts, vocab_size)
+    tokenizer.save(folder / "tokenizer")
+    stores = {
+        name: write_store(folder / name, iter(part), tokenizer) for name, part in parts.items()
+    }
+    train = write_store(folder / "train", training(), tokenizer)
+    write_json(
+        done,
+        {
+            "asked": asked,
+            "held_out": list(stores),
+            "vocab_size": tokenizer.vocab_size,
+            "fingerprint": fingerprint(
+                [train.fingerprint, *(s.fingerprint for s in stores.values())]
+            ),
+        },
+    )
+    return Corpus.open(folder)
+
+
+def build(model: Numbers, vocab_size: int) -> LanguageModel:
+    """Return a new model of a shape, ours or a peer's.
+
+    >>> build({"kind": "gru", "embedding_width": 8, "width": 8, "mlp_width": 0}, 50).vocab_size
+    50
+    """
+    if "cell" in model:
+        return NewLLM(from_dict(ModelConfig, model), vocab_size)
+    return Peer(from_dict(PeerConfig, model), vocab_size)
+
+
+def matched(model: Numbers, wanted: int, vocab_size: int) -> Numbers:
+    """Return a shape whose MLPs are as wide as makes its parameters equal to `wanted`.
+
+    >>> shape = {"kind": "gru", "embedding_width": 8, "width": 8, "mlp_width": 0}
+    >>> matched(shape, 5000, 50)["mlp_width"]
+    126
+    """
+    with torch.device("meta"):
+        narrow, wide = (
+            num_parameters(build(model | {"mlp_width": width}, vocab_size)) for width in (1, 2)
+        )
+    # without an MLP its norm and biases are gone too, which the line through both leaves out
+    width = 1 + round((wanted - narrow) / (wide - narrow))
+    return model | {"mlp_width": max(width, 0)}
+
+
+def trained(
+    *,
+    model: Numbers,
+    phase1: Numbers | None,
+    phase2: Numbers,
+    sequence_length: int,
+    seed: int,
+    folder: str,
+) -> Numbers:
+    """Train a model and score it on every held-out part.
+
+    Args:
+        model: fields of `ModelConfig` or `PeerConfig`.
+        phase1: fields of `Phase1Config`; None goes without.
+        phase2: fields of `Phase2Config`.
+        sequence_length: tokens of a segment.
+        seed: of weights, order and draws.
+        folder: of the corpus.
+    """
+    corpus = Corpus.open(Path(folder))
+    torch.manual_seed(seed)
+    made = build(model, corpus.vocab_size)
+    first = Phase1Config() if phase1 is None else from_dict(Phase1Config, phase1)
+    begun = time.perf_counter()
+    if phase1 is not None and isinstance(made, NewLLM):
+        _settle(made, corpus, first, seed)
+    settled = time.perf_counter()
+    torch.manual_seed(seed + 1)
+    done = _predict(made, corpus, from_dict(Phase2Config, phase2), first, sequence_length, seed)
+    ended = time.perf_counter()
+    made.eval()
+    total = num_parameters(made)
+    return {
+        "parameters": total,
+        "parameters_inner": total - made.embedding.weight.numel(),
+        "tokens_seen": done.tokens_seen,
+        "num_steps": done.num_steps,
+        "seconds_phase1": settled - begun,
+        "seconds": ended - settled,
+        "scores": {name: score(made, part).to_dict() for name, part in corpus.held_out.items()},
+        "rebuilt": _rebuilt(made, corpus),
+        "doctor": _judged(made, corpus) if isinstance(made, NewLLM) else None,
+    }
+
+
+def _rebuilt(model: LanguageModel, corpus: Corpus) -> Numbers | None:
+    """Return what is gained from all that was said in the longest dialogues, by tokens kept."""
+    longest = max(corpus.held_out.values(), key=lambda part: np.diff(part.offsets).max())
+    try:
+        found = rebuilt_gains(model, longest)
+    except DataError:
+        return None
+    return {str(reach): gains for reach, gains in found.items()}
+
+
+def _judged(model: NewLLM, corpus: Corpus) -> Numbers:
+    """Return verdicts, and measurements of the recurrence in held-out dialogues."""
+    longest = max(corpus.held_out.values(), key=lambda part: np.diff(part.offsets).max())
+    token = token_verdict(model)
+    sequence = sequence_verdict(model, longest, trained=True)
+    return {
+        "token": token.verdict,
+        "sequence": sequence.verdict,
+        "measurements": {name: row.value for name, row in sequence.measurements.items()},
+    }
+
+
+def _settle(model: NewLLM, corpus: Corpus, config: Phase1Config, seed: int) -> None:
+    counts = corpus.train.token_counts(model.vocab_size)
+    held_out = held_out_ids(model.vocab_size, model.config.context_width)
+    ids = torch.from_numpy(np.setdiff1d(np.flatnonzero(counts), held_out))
+    quiet = Console(quiet=True)
+    train_phase1(model, ids, [], config, seed=seed, console=quiet, log=lambda row: None)
+
+
+def _predict(
+    model: LanguageModel,
+    corpus: Corpus,
+    config: Phase2Config,
+    first: Phase1Config,
+    sequence_length: int,
+    seed: int,
+) -> Phase2Result:
+    data = Phase2Data(
+        train=corpus.train,
+        # nothing is evaluated on the way
+        valid=next(iter(corpus.held_out.values())),
+        segment_length=sequence_length,
+        cache=None,
+    )
+    # begun anew where it was interrupted: its seconds count
+    with tempfile.TemporaryDirectory(prefix="new-llm-") as folder:
+        return train_phase2(
+            model,
+            data,
+            replace(config, evaluations=0),
+            seed=seed,
+            phase1=first,
+            folder=Path(folder) / "training",
+            console=Console(quiet=True),
+            log=lambda row: None,
+        )
+
+
+def score(model: LanguageModel, store: TokenStore) -> Evaluation:
+    """Evaluate a model; one that carries nothing reads dialogues whole."""
+    whole = isinstance(model, Peer) and model.config.kind == "mamba"
+    return evaluate(model, store, segment_length=None if whole else 512)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entrant:
+    """A model of the comparison."""
+
+    name: str
+    model: Numbers
+    phase1: Numbers | None
+    num_seeds: int
+
+    def arguments(
+        self, learning_rate: float, num_steps: int, seed: int, training: Phase2Config,
+        sequence_length: int,
+    ) -> Numbers:  # fmt: skip
+        """Return what `trained` is given."""
+        steps = {"max_steps": num_steps, "min_steps": num_steps}
+        return {
+            "model": self.model,
+            "phase1": self.phase1,
+            "phase2": to_dict(replace(training, learning_rate=learning_rate, **steps)),
+            "sequence_length": sequence_length,
+            "seed": seed,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """The comparison: what is trained, on how many tokens, and where it is kept."""
+
+    console: Console
+    out: Path
+    data: Path | None = None
+    """Folder with `train.jsonl` and `valid.jsonl`, beside the default chats."""
+    tokens: int = 4_000_000
+    tuning_tokens: int = 2_000_000
+    num_seeds: int = 3
+    learning_rates: tuple[float, ...] = LEARNING_RATES
+    width: int = 256
+    num_workers: int | None = None
+
+    def run(self) -> list[Numbers]:
+        """Train what is not kept yet; return the rows of all tables."""
+        corpus = prepare_corpus(self.out / "corpus", self.data)
+        with Runner(
+            console=self.console,
+            folder=self.out / "trials",
+            basis=corpus.fingerprint,
+            num_workers=self.num_workers,
+        ) as runner:
+            return self._tables(corpus, runner)
+
+    def _tables(self, corpus: Corpus, runner: Runner) -> list[Numbers]:
+        entrants = self._entrants(corpus.vocab_size)
+        rates, tuning = self._tuned(corpus, runner, entrants)
+        rows = [*tuning, *counted(corpus)]
+        tokens = self._trained(
+            corpus, runner,
+            [(one, rates[one.name], self._steps(self.tokens)) for one in entrants],
+        )  # fmt: skip
+        rows += [_row("tokens", one, rates[one.name], found, corpus)
+                 for one, found in zip(entrants, tokens, strict=True)]  # fmt: skip
+        ours = statistics.median(found["seconds"] for found in tokens[0])
+        steps = [
+            round(self._steps(self.tokens) * ours / statistics.median(f["seconds"] for f in found))
+            for found in tokens
+        ]
+        timed = self._trained(
+            corpus, runner,
+            [(one, rates[one.name], count) for one, count in zip(entrants, steps, strict=True)],
+        )  # fmt: skip
+        rows += [_row("time", one, rates[one.name], found, corpus)
+                 for one, found in zip(entrants, timed, strict=True)]  # fmt: skip
+        return rows
+
+    def _entrants(self, vocab_size: int) -> list[Entrant]:
+        """Return ours and its peers, all with equally many parameters."""
+        config = preset("convex")
+        widths: dict[str, int] = {}
+        if self.width != config.model.context_width:
+            widths |= dict.fromkeys(
+                ("context_width", "embedding_width", "hidden_width"), self.width
+            )
+            widths["mlp_width"] = 2 * self.width
+        shape = to_dict(replace(config.model, **widths))
+        with torch.device("meta"):
+            wanted = num_parameters(build(shape, vocab_size))
+        first = to_dict(config.phase1)
+        entrants = [Entrant(name="convex", model=shape, phase1=first, num_seeds=self.num_seeds)]
+        for kind in PEERS:
+            carried = 16 if kind == "mamba" else self.width
+            bare = to_dict(PeerConfig(kind=kind, embedding_width=self.width, width=carried))
+            entrants.append(
+                Entrant(
+                    name=kind,
+                    model=matched(bare, wanted, vocab_size),
+                    phase1=None,
+                    num_seeds=1 if kind == "mamba" else self.num_seeds,
+                )
+            )
+        return entrants
+
+    def _steps(self, tokens: int) -> int:
+        config = preset("convex")
+        return max(1, round(tokens / config.phase2.batch_size / config.data.sequence_length))
+
+    def _tuned(
+        self, corpus: Corpus, runner: Runner, entrants: list[Entrant]
+    ) -> tuple[dict[str, float], list[Numbers]]:
+        """Return each model's best learning rate of the grid, and the rows of all."""
+        config, steps = preset("convex"), self._steps(self.tuning_tokens)
+        asked = [(one, rate) for one in entrants for rate in self.learning_rates]
+        found = runner.run(
+            "learning rates",
+            trained,
+            [one.arguments(rate, steps, 0, config.phase2, config.data.sequence_length)
+             for one, rate in asked],
+            places={"folder": str(corpus.folder)},
+        )  # fmt: skip
+        losses = [mixed_loss(numbers["scores"]) for numbers in found]
+        rates = {
+            one.name: min(
+                (loss, rate)
+                for (other, rate), loss in zip(asked, losses, strict=True)
+                if other is one
+            )[1]
+            for one in entrants
+        }
+        rows: list[Numbers] = [
+            {"table": "tuning", "model": one.name, "learning_rate": rate, "loss": loss,
+             "kept": rates[one.name] == rate}
+            for (one, rate), loss in zip(asked, losses, strict=True)
+        ]  # fmt: skip
+        return rates, rows
+
+    def _trained(
+        self, corpus: Corpus, runner: Runner, asked: list[tuple[Entrant, float, int]]
+    ) -> list[list[Numbers]]:
+        """Train each with every seed."""
+        config = preset("convex")
+        arguments = [
+            [one.arguments(rate, steps, seed, config.phase2, config.data.sequence_length)
+             for seed in range(one.num_seeds)]
+            for one, rate, steps in asked
+        ]  # fmt: skip
+        found = iter(
+            runner.run(
+                "models",
+                trained,
+                [given for group in arguments for given in group],
+                cost=lambda given: given["phase2"]["max_steps"],
+                places={"folder": str(corpus.folder)},
+            )
+        )
+        return [[next(found) for _ in group] for group in arguments]
+
+
+def mixed_loss(scores: dict[str, Numbers]) -> float:
+    """Return nats a token over all held-out parts together.
+
+    >>> mixed_loss({"a": {"loss": 1.0, "num_tokens": 1}, "b": {"loss": 3.0, "num_tokens": 3}})
+    2.5
+    """
+    total = sum(part["num_tokens"] for part in scores.values())
+    return sum(part["loss"] * part["num_tokens"] for part in scores.values()) / total
+
+
+def counted(corpus: Corpus) -> list[Numbers]:
+    """Return the rows of bigram and trigram, counted on the same tokens."""
+    rows = []
+    for order, name in ((2, "Kneser-Ney bigram"), (3, "Kneser-Ney trigram")):
+        model = KneserNey(corpus.train, corpus.vocab_size, order)
+        row: Numbers = {"table": "tokens", "model": name, "tokens": corpus.train.num_tokens}
+        nats = {part: model.nats(store) for part, store in corpus.held_out.items()}
+        row["mix"] = float(np.concatenate([*nats.values()]).mean())
+        for part, store in corpus.held_out.items():
+            row[part] = float(nats[part].mean())
+            row[f"{part}, bits a byte"] = float(
+                nats[part].sum() / np.log(2.0) / store.num_content_bytes.sum()
+            )
+            row[f"{part}, assistant"] = float(nats[part][_said(store)].mean())
+        rows.append(row)
+    return rows
+
+
+def _said(store: TokenStore) -> np.ndarray:
+    """Return which predicted tokens the assistant says, `[N]`."""
+    follows = np.ones(store.num_tokens, dtype=bool)
+    follows[store.offsets[:-1]] = False
+    return np.asarray(store.assistant)[follows]
+
+
+def _row(
+    table: str, one: Entrant, learning_rate: float, found: list[Numbers], corpus: Corpus
+) -> Numbers:
+    """Return one row: means over seeds, and the spread of the mix."""
+    mixed = [mixed_loss(numbers["scores"]) for numbers in found]
+
+    def mean(part: str, name: str) -> float:
+        return statistics.fmean(numbers["scores"][part][name] for numbers in found)
+
+    row: Numbers = {
+        "table": table, "model": one.name, "parameters": found[0]["parameters"],
+        "without embedding": found[0]["parameters_inner"], "learning_rate": learning_rate,
+        "tokens": found[0]["tokens_seen"], "seeds": len(found),
+        "seconds": statistics.median(numbers["seconds"] for numbers in found),
+        "mix": statistics.fmean(mixed),
+        "spread": statistics.stdev(mixed) if len(mixed) > 1 else None,
+    }  # fmt: skip
+    for part in corpus.held_out:
+        row[part] = mean(part, "loss")
+        row[f"{part}, bits a byte"] = mean(part, "bits_per_byte")
+        row[f"{part}, assistant"] = mean(part, "loss_assistant")
+    return row

@@ -1,0 +1,154 @@
+"""The comparison with peers, at a size of seconds; who wins is not tested here."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import small_model, store_of
+from new_llm import quality
+from new_llm.cli import main
+from new_llm.config import preset, to_dict
+from new_llm.console import Console
+from new_llm.errors import CheckpointError, DataError
+from new_llm.evaluate import rebuilt_gains
+from new_llm.model import NewLLM, num_parameters, token_losses
+from new_llm.quality import Corpus, Quality, build, counted, matched, mixed_loss, prepare_corpus
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    folder = tmp_path_factory.mktemp("quality") / "corpus"
+    return prepare_corpus(folder, None, vocab_size=400, max_dialogues=80)
+
+
+def test_a_corpus_holds_no_dialogue_twice_and_is_made_once(corpus: Corpus) -> None:
+    (held_out,) = corpus.held_out.values()
+    known = {tuple(held_out.dialogue(i)) for i in range(held_out.num_dialogues)}
+    assert known
+    assert not known & {tuple(corpus.train.dialogue(i)) for i in range(corpus.train.num_dialogues)}
+    again = prepare_corpus(corpus.folder, None, vocab_size=400, max_dialogues=80)
+    assert again.fingerprint == corpus.fingerprint
+    with pytest.raises(CheckpointError, match="new --out"):
+        prepare_corpus(corpus.folder, None, vocab_size=500, max_dialogues=80)
+
+
+@pytest.mark.parametrize("kind", quality.PEERS)
+def test_peers_have_as_many_parameters_as_the_default(kind: str) -> None:
+    config = preset("convex")
+    entrants = Quality(console=QUIET, out=Path("unused"))._entrants(4096)
+    with torch.device("meta"):
+        wanted = num_parameters(NewLLM(config.model, 4096))
+        (given,) = [one.model for one in entrants if one.name == kind]
+        total = num_parameters(build(given, 4096))
+    assert abs(total / wanted - 1.0) < 0.05
+    assert given["num_blocks"] == config.model.num_blocks
+
+
+def test_matched_finds_the_width_that_fits() -> None:
+    shape = {"kind": "gru", "embedding_width": 8, "width": 8, "mlp_width": 0}
+    wanted = num_parameters(build(shape | {"mlp_width": 37}, 50))
+    assert matched(shape, wanted, 50)["mlp_width"] == 37
+    assert matched(shape, 10, 50)["mlp_width"] == 0
+
+
+def test_counts_are_scored_on_every_part_and_on_the_mix(corpus: Corpus) -> None:
+    bigram, trigram = counted(corpus)
+    assert bigram["mix"] == pytest.approx(bigram["chats"])
+    assert 0.0 < trigram["chats, bits a byte"] < 8.0
+    (held_out,) = corpus.held_out.values()
+    said = quality._said(held_out)
+    assert len(said) == held_out.num_tokens - held_out.num_dialogues
+    assert math.isfinite(bigram["chats, assistant"])
+
+
+def test_the_mix_weighs_tokens() -> None:
+    scores = {"a": {"loss": 1.0, "num_tokens": 10}, "b": {"loss": 2.0, "num_tokens": 30}}
+    assert mixed_loss(scores) == pytest.approx(1.75)
+
+
+def test_a_context_rebuilt_from_the_last_tokens_is_what_it_says() -> None:
+    torch.manual_seed(0)
+    model = NewLLM(small_model(), 40).eval()
+    generator = np.random.default_rng(0)
+    store = store_of([generator.integers(40, size=n).tolist() for n in (30, 5, 41)])
+    found = rebuilt_gains(model, store, (2, 8), num_dialogues=2, num_positions=10_000)
+
+    def nats(ids: torch.Tensor, target: int) -> float:
+        features = model(ids[None]).features[0, -1:]
+        one = torch.ones(1)
+        return token_losses(
+            features, model.readout.weight, torch.tensor([target]), one, chunk=4
+        ).nats.item()
+
+    for reach in (2, 8):
+        gains = []
+        for index in (2, 0):  # the longest first; the shortest has too little past
+            ids = torch.from_numpy(store.dialogue(index).astype(np.int64))
+            for at in range(9, len(ids)):
+                kept = nats(ids[at - reach : at], int(ids[at]))
+                gains.append(kept - nats(ids[:at], int(ids[at])))
+        assert found[reach]["mean"] == pytest.approx(np.mean(gains), abs=1e-4)
+        assert found[reach]["low"] <= found[reach]["mean"] <= found[reach]["high"]
+    with pytest.raises(DataError, match="more than 101"):
+        rebuilt_gains(model, store, (100,))
+
+
+def test_ours_and_a_peer_learn_from_the_same_tokens(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(quality, "PEERS", ("gru",))
+    monkeypatch.setattr(quality, "prepare_corpus", lambda folder, data: corpus)
+    small = replace(preset("convex"), phase1=replace(preset("convex").phase1, max_steps=3))
+    monkeypatch.setattr(quality, "preset", lambda name: small)
+    asked = Quality(
+        console=QUIET, out=tmp_path, tokens=12_000, tuning_tokens=4_000, num_seeds=2,
+        learning_rates=(4e-3,), width=16, num_workers=1,
+    )  # fmt: skip
+    rows = asked.run()
+    named = {(row["table"], row["model"]): row for row in rows if row["table"] != "tuning"}
+    assert set(named) == {
+        ("tokens", "Kneser-Ney bigram"), ("tokens", "Kneser-Ney trigram"),
+        ("tokens", "convex"), ("tokens", "gru"), ("time", "convex"), ("time", "gru"),
+    }  # fmt: skip
+    ours, peer = named["tokens", "convex"], named["tokens", "gru"]
+    assert ours["tokens"] == peer["tokens"] and ours["seeds"] == 2
+    assert ours["spread"] > 0.0 and ours["mix"] < math.log(corpus.vocab_size)
+    # what is kept is not trained again, and holds its exact config
+    kept = sorted((tmp_path / "trials").iterdir())
+    record = json.loads(kept[0].read_text())
+    assert set(record["arguments"]["phase2"]) == set(to_dict(small.phase2))
+    monkeypatch.setattr(quality, "trained", None)
+    monkeypatch.setattr(quality.Runner, "_computed", lambda self, trial, left: iter(()))
+    monkeypatch.setattr(quality.Runner, "key", lambda self, trial, given: _key(given, kept))
+    assert asked.run() == rows
+
+
+def _key(given: dict[str, object], kept: list[Path]) -> str:
+    for path in kept:
+        record = json.loads(path.read_text())
+        if record["arguments"] == json.loads(json.dumps(given)):
+            return path.stem
+    raise AssertionError("this was not trained")
+
+
+@pytest.mark.slow
+@pytest.mark.ultrachat
+def test_the_command_on_real_dialogues(
+    tmp_path: Path, ultrachat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "PEERS", ("mingru", "gpt"))
+    given = "bench quality --tokens 20000 --width 16 --workers 1 --quiet".split()
+    places = {"--data": ultrachat, "--out": tmp_path / "q", "--page": tmp_path / "results.md",
+              "--json": tmp_path / "q.json"}  # fmt: skip
+    assert main([*given, *(str(part) for pair in places.items() for part in pair)]) == 0
+    rows = json.loads((tmp_path / "q.json").read_text())["quality"]["rows"]
+    (ours,) = [row for row in rows if row["table"] == "tokens" and row["model"] == "convex"]
+    assert {"chats", "ultrachat", "ultrachat, bits a byte", "ultrachat, assistant"} <= set(ours)
+    assert "| convex |" in (tmp_path / "results.md").read_text()
