@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from new_llm import fixed_point
-from new_llm.cell import ConvexCell
+from new_llm.cell import ContextCell, ConvexCell, Weights
+from new_llm.config import SolverConfig
 from new_llm.errors import NonFiniteError
 from new_llm.fixed_point import measure, solve
+from new_llm.model import solve_tokens
 
 
 def linear(rate: Tensor, shift: Tensor) -> object:
@@ -193,3 +195,53 @@ def test_parts_of_the_tokens_are_solved_as_one(
     one, parted = found
     for name in ("context", "converged", "num_iterations", "change", "curve"):
         torch.testing.assert_close(getattr(parted, name), getattr(one, name), msg=name)
+
+
+class Slow(ContextCell):
+    """`f(c, x) = rate c + (1 - rate) x`, each token's rate in front of its embedding."""
+
+    context_width, embedding_width = 4, 5
+
+    def project(self, x: Tensor) -> Tensor:
+        return x
+
+    def weights(self) -> Weights:
+        return ()
+
+    def update(self, context: Tensor, projected: Tensor, weights: Weights) -> Tensor:
+        rate, goal = projected[..., :1], projected[..., 1:]
+        return rate * context + (1.0 - rate) * goal
+
+    def forget_gates(self, context: Tensor, projected: Tensor, weights: Weights) -> Tensor:
+        return projected[..., None, :1].expand_as(context[..., None, :])
+
+
+@settings(max_examples=20, deadline=None)
+@given(rates=st.lists(st.floats(0.0, 0.998), min_size=1, max_size=8), seed=st.integers(0, 99))
+def test_a_distance_is_reached_where_single_precision_is_not_enough(
+    rates: list[float], seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    goal = torch.randn(len(rates), 4, generator=generator)
+    x = torch.cat([torch.tensor(rates)[:, None], goal], dim=1)
+    solver = SolverConfig(tolerance=1e-6, max_iterations=100_000, distance=1e-5)
+    found = solve_tokens(Slow(), x, torch.zeros(len(rates), 4), solver)
+    error = (found.context - goal).norm(dim=1) / goal.norm(dim=1)
+    assert found.context.dtype == torch.float32 and (error <= 1.1e-5).all()
+    assert found.converged.all()
+
+
+def test_the_distance_is_estimated_from_the_rate() -> None:
+    rate = torch.tensor([0.5, 0.9], dtype=torch.float64)
+    found = solve(
+        lambda c, rows: rate[rows][:, None] * c + 1.0,
+        torch.zeros(2, 1, dtype=torch.float64),
+        tolerance=1e-6,
+        max_iterations=1000,
+    )
+    exact = 1.0 / (1.0 - rate)
+    left = (found.context[:, 0] - exact).abs() / exact
+    torch.testing.assert_close(found.rate, rate.float(), rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(found.distance, left.float(), rtol=2e-2, atol=0.0)
+    grows = solve(lambda c, rows: 1.1 * c + 1.0, torch.zeros(1, 1), metric="l2", max_iterations=20)
+    assert grows.distance.isinf().all()

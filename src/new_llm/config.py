@@ -195,6 +195,9 @@ class SolverConfig:
     """Share of the old context kept in each iteration."""
     method: Literal["picard", "anderson"] = "picard"
     """Plain iteration, or Anderson acceleration."""
+    distance: float | None = None
+    """Tokens whose estimated relative distance to the fixed point is above this are iterated on in
+    double precision; none leaves them where the tolerance was met."""
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -202,6 +205,9 @@ class SolverConfig:
         _require(self, "max_iterations", 1 <= self.max_iterations <= 1_000_000, "in [1, 1000000]")
         _require(self, "warmup", 0 <= self.warmup < self.max_iterations, "in [0, max_iterations)")
         _require(self, "damping", 0.0 <= self.damping < 1.0, "in [0, 1)")
+        if self.distance is not None:
+            _require(self, "distance", self.distance > 0.0, "positive, or none")
+            _require(self, "metric", self.metric == "residual", "residual, if distance is given")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ config. Axes: `N` tokens (each distinct id once), `C` context width.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -24,6 +24,9 @@ PART_TOKENS = {"cpu": 1024, "cuda": 131072}
 # tokens that the quantiles of a curve are taken over, about
 _CURVE_TOKENS = 8192
 _TINY = 1e-30
+# iterations that a rate is taken over, and what it is taken for after a single one
+_RATE_SPAN = 8
+_ASSUMED_RATE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,8 +41,30 @@ class FixedPoint:
     """Evaluations up to and including the first under the tolerance, or the cap, `[N]` int64."""
     change: Tensor
     """The last change, in the metric asked for, `[N]`."""
+    rate: Tensor
+    """Factor that the last changes shrank by in an iteration, their geometric mean, `[N]`."""
     curve: Tensor
     """10 %, 50 % and 90 % quantile over tokens of the change after each iteration, `[K, 3]`."""
+
+    @property
+    def distance(self) -> Tensor:
+        """Estimate of what is left to the fixed point, `change * rate / (1 - rate)`, `[N]`.
+
+        In the metric asked for; infinite where changes do not shrink.
+        """
+        left = self.change * self.rate / (1.0 - self.rate)
+        return torch.where(self.rate < 1.0, left, torch.inf)
+
+    def replaced(self, rows: Tensor, later: "FixedPoint") -> "FixedPoint":
+        """Return this with tokens `rows` as a second search left them, iterations added."""
+        given = {
+            name: getattr(self, name).index_copy(
+                0, rows, getattr(later, name).to(getattr(self, name).dtype)
+            )
+            for name in ("context", "converged", "change", "rate")
+        }
+        counts = self.num_iterations.index_add(0, rows, later.num_iterations)
+        return replace(self, **given, num_iterations=counts)
 
     @property
     def convergence_rate(self) -> float:
@@ -150,6 +175,7 @@ def solve(
         converged=torch.cat([part.converged for part in parts]),
         num_iterations=torch.cat([part.num_iterations for part in parts]),
         change=torch.cat([part.change for part in parts]),
+        rate=torch.cat([part.rate() for part in parts]),
         curve=torch.stack(curve).cpu() if curve else torch.zeros(0, 3),
     )
 
@@ -174,6 +200,16 @@ class _Part:
             converged=torch.zeros(count, dtype=torch.bool, device=device),
             history=[],
         )
+
+    def rate(self) -> Tensor:
+        """Return the factor that each token's last changes shrank by, `[N]`."""
+        if len(self.history) < 2:
+            return torch.full_like(self.change, _ASSUMED_RATE)
+        last = self.num_iterations.clamp(max=len(self.history)) - 1
+        first = (last - _RATE_SPAN).clamp(min=0)
+        earlier = torch.stack(self.history).gather(0, first[None])[0]
+        ratio = (self.change / earlier.clamp(min=_TINY)) ** (1.0 / (last - first).clamp(min=1))
+        return torch.where(last > first, ratio, _ASSUMED_RATE)
 
 
 def _solve_part(
