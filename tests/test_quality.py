@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -143,8 +144,10 @@ def _key(given: dict[str, object], kept: list[Path]) -> str:
 def test_the_command_on_real_dialogues(
     tmp_path: Path, ultrachat: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quality, "PEERS", ("mingru", "gpt"))
-    given = "bench quality --tokens 20000 --width 16 --workers 1 --quiet".split()
+    monkeypatch.setattr(quality, "PEERS", ("mingru",))
+    few = partial(prepare_corpus, vocab_size=600, max_dialogues=30)
+    monkeypatch.setattr(quality, "prepare_corpus", few)
+    given = "bench quality --tokens 4000 --width 16 --workers 1 --quiet".split()
     places = {"--data": ultrachat, "--out": tmp_path / "q", "--page": tmp_path / "results.md",
               "--json": tmp_path / "q.json"}  # fmt: skip
     assert main([*given, *(str(part) for pair in places.items() for part in pair)]) == 0

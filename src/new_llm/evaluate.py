@@ -423,7 +423,7 @@ def rebuilt_gains(
     every = max(1, sum(len(ids) - longest - 1 for ids in texts) // num_positions)
     places = [torch.arange(longest + 1, len(ids), every) for ids in texts]
     whole = [
-        _nats(model, ids[None, :-1], ids[None, 1:])[0, at - 1].cpu()
+        _scored(model, model(ids[None, :-1]).features[0, at - 1], ids[at]).cpu()
         for ids, at in zip(texts, places, strict=True)
     ]
     found = {}
@@ -431,21 +431,21 @@ def rebuilt_gains(
         gains = []
         for ids, at, known in zip(texts, places, whole, strict=True):
             window = at[:, None] + torch.arange(-reach, 0)
-            nats = [_nats(model, ids[part], ids[part + 1])[:, -1] for part in window.split(64)]
+            nats = [
+                # only the last position of a window is projected to the vocabulary
+                _scored(model, model(ids[part]).features[:, -1], ids[part[:, -1] + 1])
+                for part in window.split(64)
+            ]
             gains.append(torch.cat(nats).cpu() - known)
         found[reach] = _bootstrapped(gains, places)
     model.train(was_training)
     return found
 
 
-def _nats(model: LanguageModel, ids: Tensor, targets: Tensor) -> Tensor:
-    """Return the negative log-likelihood of each target, `[B, T]`."""
-    features = model(ids).features.flatten(0, 1)
-    ones = torch.ones(len(features), device=ids.device)
-    nats = token_losses(
-        features, model.readout.weight, targets.flatten(), ones, chunk=_LOSS_CHUNK
-    ).nats
-    return nats.unflatten(0, ids.shape)
+def _scored(model: LanguageModel, features: Tensor, targets: Tensor) -> Tensor:
+    """Return the negative log-likelihood of each target, `[N, E]` and `[N]` to `[N]`."""
+    ones = torch.ones(len(features), device=features.device)
+    return token_losses(features, model.readout.weight, targets, ones, chunk=_LOSS_CHUNK).nats
 
 
 def _bootstrapped(gains: list[Tensor], places: list[Tensor]) -> dict[str, Any]:

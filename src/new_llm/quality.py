@@ -158,7 +158,7 @@ def matched(model: Numbers, wanted: int, vocab_size: int) -> Numbers:
 
     >>> shape = {"kind": "gru", "embedding_width": 8, "width": 8, "mlp_width": 0}
     >>> matched(shape, 5000, 50)["mlp_width"]
-    126
+    102
     """
     with torch.device("meta"):
         narrow, wide = (
