@@ -50,6 +50,8 @@ class Options:
     """Processes of one thread; none is one a core."""
     widths: tuple[int, ...] = tuple(SEEDS)
     """Widths of context, embedding and hidden layers."""
+    seeds: int | None = None
+    """Random seeds of each shape; none is 3, and 1 at a width of 512."""
 
 
 def trainings(options: Options) -> list[tuple[str, dict[str, Any]]]:
@@ -67,7 +69,7 @@ def trainings(options: Options) -> list[tuple[str, dict[str, Any]]]:
                     "model": {}, "phase1": {}})
         for width in options.widths
         for cell, layers in SHAPES
-        for seed in range(SEEDS.get(width, 1))
+        for seed in range(options.seeds or SEEDS.get(width, 1))
     ]  # fmt: skip
 
 
