@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import small_model, store_of
+from helpers import small_model, store_of, write_dialogues
 from new_llm import quality
 from new_llm.cli import main
 from new_llm.config import preset, to_dict
@@ -38,6 +38,17 @@ def test_a_corpus_holds_no_dialogue_twice_and_is_made_once(corpus: Corpus) -> No
     assert again.fingerprint == corpus.fingerprint
     with pytest.raises(CheckpointError, match="new --out"):
         prepare_corpus(corpus.folder, None, vocab_size=500, max_dialogues=80)
+
+
+def test_another_folder_of_the_same_name_is_another_corpus(tmp_path: Path) -> None:
+    for place, count in (("a", 6), ("b", 7)):
+        (tmp_path / place / "same").mkdir(parents=True)
+        for part in ("train.jsonl", "valid.jsonl"):
+            write_dialogues(tmp_path / place / "same" / part, count)
+    given = {"vocab_size": 400, "max_dialogues": 60}
+    prepare_corpus(tmp_path / "corpus", tmp_path / "a" / "same", **given)
+    with pytest.raises(CheckpointError, match="new --out"):
+        prepare_corpus(tmp_path / "corpus", tmp_path / "b" / "same", **given)
 
 
 @pytest.mark.parametrize("kind", quality.PEERS)

@@ -31,7 +31,7 @@ from .data import TokenStore, dialogue_hash, held_out_ids, is_held_out, write_st
 from .dialogues import DEFAULT_SOURCE, Messages, ReadReport, read_dialogues
 from .errors import CheckpointError, DataError
 from .evaluate import Evaluation, evaluate, rebuilt_gains, sequence_verdict, token_verdict
-from .files import read_json, write_json
+from .files import read_json, sha256, write_json
 from .model import LanguageModel, NewLLM, num_parameters
 from .peers import Peer
 from .phase1 import train as train_phase1
@@ -92,15 +92,18 @@ def prepare_corpus(
         DataError: dialogues cannot be read.
         CheckpointError: `folder` holds a corpus of other sources.
     """
+    # two folders may have one name
+    files = [] if data is None else [data / "train.jsonl", data / "valid.jsonl"]
     asked = {"data": None if data is None else data.name, "vocab_size": vocab_size,
-             "max_dialogues": max_dialogues}  # fmt: skip
+             "max_dialogues": max_dialogues,
+             "sha256": [sha256(path) for path in files if path.is_file()]}  # fmt: skip
     done = folder / "corpus.json"
     if done.exists():
         record = read_json(done, "a corpus")
         if record["asked"] != asked:
             raise CheckpointError(
-                f"{folder} holds the corpus of {record['asked']}, asked for is {asked}; "
-                "use a new --out"
+                f"a corpus of the same dialogues, vocabulary size and number expected in {folder}, "
+                "it holds another; use a new --out"
             )
         return Corpus.open(folder)
 
