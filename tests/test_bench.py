@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from new_llm.baselines import GPTBlock, MinGRU
-from new_llm.bench import BENCHES
+from new_llm.bench import BENCHES, LONG
 from new_llm.cli import main
 
 SMALL = "--lengths 16 64 --batches 1 2 --tokens 12000 --width 64 --quiet".split()
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(BENCHES) - {"token-scope", "document", "memory", "quality"})
+    "name", sorted(set(BENCHES) - {"token-scope", "document", "memory", *LONG})
 )
 def test_a_benchmark_writes_rows_versions_and_threads(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

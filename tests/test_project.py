@@ -17,7 +17,8 @@ ORDER = [
     "counts", "fixed_point", "scan", "recurrence", "measurements", "doctor", "model", "checkpoint",
     "evaluate", "phase1", "cache", "phase2", "stepper", "generate", "baselines", "peers",
     "records", "plots", "report", "pipeline", "specimens", "runner", "trials",
-    "laboratory", "experiments", "claims", "lab", "quality", "bench", "cli", "__main__",
+    "laboratory", "experiments", "claims", "lab", "speed", "quality", "ablations", "tasks", "bench",
+    "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ the vocabulary. Nothing is loaded that can run code.
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -261,13 +262,16 @@ class TrainingState:
 
 
 def save_training_state(
-    folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, state: TrainingState
+    folder: Path,
+    model: nn.Module,
+    optimisers: Sequence[torch.optim.Optimizer],
+    state: TrainingState,
 ) -> None:
-    """Write weights, optimiser tensors and random state as safetensors, values as JSON."""
-    inner = optimiser.state_dict()["state"]
+    """Write weights, optimisers' tensors and random state as safetensors, values as JSON."""
     optimiser_tensors = {
-        f"{index}.{name}": value.detach().cpu().reshape(value.shape).clone().contiguous()
-        for index, slots in inner.items()
+        f"{which}.{index}.{name}": value.detach().cpu().reshape(value.shape).clone().contiguous()
+        for which, optimiser in enumerate(optimisers)
+        for index, slots in optimiser.state_dict()["state"].items()
         for name, value in slots.items()
         if isinstance(value, Tensor)
     }
@@ -297,7 +301,7 @@ def _without_state(folder: Path, error: CheckpointError) -> CheckpointError:
 
 
 def load_training_state(
-    folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer
+    folder: Path, model: nn.Module, optimisers: Sequence[torch.optim.Optimizer]
 ) -> TrainingState | None:
     """Put back what `save_training_state` wrote; None where there is nothing yet.
 
@@ -314,13 +318,13 @@ def load_training_state(
         extra = load_tensors(folder / "extra.safetensors", "a training state")
     except CheckpointError as error:
         raise _without_state(folder, error) from None
-    full = optimiser.state_dict()
-    slots: dict[int, dict[str, Tensor]] = {}
-    for name, value in saved.items():
-        index, slot = name.split(".", 1)
-        slots.setdefault(int(index), {})[slot] = value
-    full["state"] = slots
-    optimiser.load_state_dict(full)
+    for which, optimiser in enumerate(optimisers):
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, value in saved.items():
+            of, index, slot = name.split(".", 2)
+            if int(of) == which:
+                slots.setdefault(int(index), {})[slot] = value
+        optimiser.load_state_dict(optimiser.state_dict() | {"state": slots})
     torch.set_rng_state(extra.pop("random"))
     tensors = {name.removeprefix("extra."): value for name, value in extra.items()}
     return TrainingState(tensors=tensors, values=values)

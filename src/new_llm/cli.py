@@ -123,7 +123,7 @@ class LabOptions:
 class BenchOptions:
     """Measure speed, memory and quality against peers in one run: ratios count, seconds drift.
 
-    `all` is all but `quality`, which trains for hours.
+    `all` is all but `quality`, `ablations` and `tasks`, which train for hours.
     """
 
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME|all")]
@@ -131,8 +131,8 @@ class BenchOptions:
     checkpoint: Path | None = None
     """A trained model's folder; without one, weights are as the default preset draws them."""
     data: str | None = None
-    """Dialogues, for benchmarks on real text; of `quality` a folder with train.jsonl and
-    valid.jsonl, which are mixed with the default chats."""
+    """Dialogues, for benchmarks on real text; of `quality` and `ablations` a folder with
+    train.jsonl and valid.jsonl, which are mixed with the default chats."""
     out: Path | None = None
     """Folder that keeps what is finished, so that the command can be repeated."""
     lengths: tuple[int, ...] = (64, 512, 2048, 16384)
@@ -143,13 +143,14 @@ class BenchOptions:
     """Width of contexts, embeddings and hidden layers, where no checkpoint decides it."""
     tokens: int | None = None
     """Tokens of the longest text; ids of `token-scope`, at most GPT-2's; those that a model of
-    `quality` is trained on."""
+    `quality` or `ablations` is trained on."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where."""
     threads: int | None = None
     """Threads of PyTorch; none leaves them as they are."""
     workers: int | None = None
-    """Processes of one thread that train side by side, `quality`; none is one a core."""
+    """Processes of one thread that train side by side, where hours are trained; none is one a
+    core."""
     json: Path | None = None
     """Also write the rows here."""
     page: Path | None = None

@@ -298,14 +298,16 @@ class Phase2Config:
     """Most optimiser steps; none is as many as the epochs need."""
     batch_size: int = 8
     """Segments a step."""
+    optimiser: Literal["muon", "adamw"] = "muon"
+    """What moves the matrices of layers; embeddings, gains and biases move by AdamW."""
     learning_rate: float = 3e-3
-    """Peak step size of AdamW."""
+    """Peak step size."""
     final_learning_rate: float = 0.05
     """Share of the peak that the cosine ends at."""
     warmup_steps: int = 50
     """Steps of linear warm-up; never more than a tenth of all."""
     weight_decay: float = 0.1
-    """AdamW's decay of matrices; embeddings, norms and biases have none."""
+    """Decay of matrices; embeddings, norms and biases have none."""
     gradient_clip: float = 1.0
     """Largest gradient norm."""
     pair_hinge: float = 0.0
@@ -463,7 +465,12 @@ def _seed_preset(name: str, cell: CellName) -> RunConfig:
         solver=SolverConfig(metric="mse", tolerance=0.01, max_iterations=50),
         phase1=Phase1Config(objective="residual", literal_dialogues=10, max_steps=None),
         phase2=Phase2Config(
-            learning_rate=1e-3, batch_size=4, min_steps=0, evaluations=2, contractive=0.0
+            optimiser="adamw",
+            learning_rate=1e-3,
+            batch_size=4,
+            min_steps=0,
+            evaluations=2,
+            contractive=0.0,
         ),
         gate="seed",
     )

@@ -76,18 +76,42 @@ def trainable(model: LanguageModel, *, freeze_context: bool) -> list[nn.Paramete
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def make_optimiser(model: LanguageModel, config: Phase2Config) -> torch.optim.AdamW:
-    """Return AdamW over what Phase 2 trains; only matrices decay, and embeddings do not."""
+def make_optimisers(model: LanguageModel, config: Phase2Config) -> list[torch.optim.Optimizer]:
+    """Return what moves the weights that Phase 2 trains; only matrices decay, embeddings do not.
+
+    With `muon` the matrices of layers move by orthogonalised momentum, scaled so that one step size
+    fits both; embeddings, gains and biases always move by AdamW.
+
+    Source: Muon (Jordan et al. 2024) with the scale of arXiv:2502.16982; AdamW (arXiv:1711.05101).
+    """
     embeddings = {id(model.embedding.weight), id(model.readout.weight)}
-    chosen = trainable(model, freeze_context=config.freeze_context)
-    matrices = [p for p in chosen if p.ndim >= 2 and id(p) not in embeddings]
-    others = [p for p in chosen if p.ndim < 2 or id(p) in embeddings]
+    chosen = {id(p) for p in trainable(model, freeze_context=config.freeze_context)}
+    matrices, tables, others = [], [], []
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in chosen:
+            continue
+        if parameter.ndim < 2 or id(parameter) in embeddings:
+            others.append(parameter)
+        # a table of numbers, such as the decays of Mamba, is no map from one space to another
+        elif parameter.ndim == 2 and name.rpartition(".")[2].startswith("weight"):
+            matrices.append(parameter)
+        else:
+            tables.append(parameter)
+    decay, rate = config.weight_decay, config.learning_rate
+    optimisers: list[torch.optim.Optimizer] = []
+    if config.optimiser == "muon" and matrices:
+        optimisers.append(
+            torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        )
+        matrices = []
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": [*matrices, *tables], "weight_decay": decay},
         {"params": others, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+    if groups:
+        optimisers.append(torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True))
+    return optimisers
 
 
 def learning_rate(step: int, num_steps: int, config: Phase2Config) -> float:
@@ -146,9 +170,9 @@ def train(
         NonFiniteError: the loss became NaN or infinite; the message names the step.
         KeyboardInterrupt: Ctrl-C was pressed; the step was ended and the state saved.
     """
-    optimiser = make_optimiser(model, config)
+    optimisers = make_optimisers(model, config)
     segments = _Segments(data, config, seed)
-    state = load_training_state(folder, model, optimiser)
+    state = load_training_state(folder, model, optimisers)
     step, tokens_seen, drift = 0, 0, None
     context = model.initial_context(segments.stream.batch_size)
     if state is not None:
@@ -158,13 +182,13 @@ def train(
     own = _Own(model, data, config, phase1, seed) if isinstance(model, NewLLM) else None
     if own is not None and state is not None:
         own.restore(state)
-    trainer = _Trainer(model, config, optimiser, context, own)
+    trainer = _Trainer(model, config, optimisers, context, own)
 
     def save() -> None:
         values = {"step": step, "tokens_seen": tokens_seen, "drift": drift,
                   "engines": None if own is None else own.engines}  # fmt: skip
         state = TrainingState(tensors=trainer.tensors(), values=values)
-        save_training_state(folder, model, optimiser, state)
+        save_training_state(folder, model, optimisers, state)
 
     every = max(segments.num_steps // config.evaluations, 1) if config.evaluations else 0
     held_out = head(data.valid, config.evaluation_tokens)
@@ -176,8 +200,7 @@ def train(
         while step < segments.num_steps:
             if segments.begins_epoch(step):
                 drift = trainer.rebuild_rows() or drift
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(step, segments.num_steps, config)
+            trainer.set_learning_rate(learning_rate(step, segments.num_steps, config))
             segment = segments.at(step)
             for k, why in enumerate(trainer.choose_engines(segment)):
                 console.say(f"block {k + 1}: {why}")
@@ -338,13 +361,13 @@ class _Trainer:
         self,
         model: LanguageModel,
         config: Phase2Config,
-        optimiser: torch.optim.Optimizer,
+        optimisers: list[torch.optim.Optimizer],
         context: Tensor,
         own: _Own | None,
     ) -> None:
         self.model = model
         self.config = config
-        self.optimiser = optimiser
+        self.optimisers = optimisers
         self.context = context
         self.own = own
 
@@ -364,6 +387,14 @@ class _Trainer:
         if self.own is None or self.own.engines is not None:
             return []
         return self.own.choose_engines(torch.from_numpy(segment.tokens).to(self.context.device))
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the step size of all that is trained."""
+        for group in self._groups():
+            group["lr"] = rate
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimiser in self.optimisers for group in optimiser.param_groups]
 
     def step(self, segment: Segment, step: int) -> dict[str, float]:
         """Train on one segment; return its losses and the gradient norm."""
@@ -409,15 +440,17 @@ class _Trainer:
         loss = scored.loss
         if own is not None:
             loss = loss + own.kept(ids, real, self.context, step)
-        self.optimiser.zero_grad(set_to_none=True)
+        for optimiser in self.optimisers:
+            optimiser.zero_grad(set_to_none=True)
         if scored.loss.requires_grad:
             loss.backward()
         value = loss.item()
-        trained = [p for group in self.optimiser.param_groups for p in group["params"]]
+        trained = [p for group in self._groups() for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(trained, config.gradient_clip).item()
         if not (math.isfinite(value) and math.isfinite(norm)):
             raise NonFiniteError(f"the loss must stay finite, got {value}, gradient norm {norm}")
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            optimiser.step()
         row = {"loss": scored.nats.mean().item(), "gradient_norm": norm}
         if chosen.any():
             row["loss_assistant"] = scored.nats[chosen].mean().item()

@@ -1,0 +1,147 @@
+"""What the two phases and the coupling are worth: the default with one thing changed at a time."""
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .config import Phase1Config, RunConfig, preset, to_dict
+from .console import Console
+from .quality import Corpus, mixed_loss, prepare_corpus, trained
+from .runner import Numbers, Runner
+
+LIMITS = (0.0, 0.25, 0.5, 1.0, 2.0)
+# no weights of this size ever come near it
+_NO_LIMIT = 100.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ablation:
+    """The default, with some settings changed."""
+
+    table: str
+    name: str
+    model: dict[str, Any] = field(default_factory=dict)
+    """Changed fields of the model."""
+    phase1: dict[str, Any] | None = field(default_factory=dict)
+    """Changed fields of Phase 1; None goes without it."""
+    phase2: dict[str, Any] = field(default_factory=dict)
+    """Changed fields of Phase 2."""
+
+    def arguments(self, config: RunConfig, num_steps: int, seed: int) -> Numbers:
+        """Return what `trained` is given."""
+        steps = {"max_steps": num_steps, "min_steps": num_steps}
+        first = None if self.phase1 is None else replace(config.phase1, **self.phase1)
+        return {
+            "model": to_dict(replace(config.model, **self.model)),
+            "phase1": None if first is None else to_dict(first),
+            "phase2": to_dict(replace(config.phase2, **steps, **self.phase2)),
+            "sequence_length": config.data.sequence_length,
+            "seed": seed,
+        }
+
+
+def ablations() -> Iterator[Ablation]:
+    """Yield all rows of both tables."""
+    kept = preset("convex").phase2.contractive
+    yield Ablation(table="phases", name="default")
+    yield Ablation(table="phases", name="no Phase 1", phase1=None)
+    yield Ablation(
+        table="phases", name="no Phase 1, nothing kept of it", phase1=None,
+        phase2={"contractive": 0.0},
+    )  # fmt: skip
+    yield Ablation(table="phases", name="Phase 1, nothing kept of it", phase2={"contractive": 0.0})
+    most = Phase1Config().max_steps
+    yield Ablation(
+        table="phases", name="Phase 1 by `residual`",
+        phase1={"objective": "residual", "max_steps": most}, phase2={"contractive": 0.0},
+    )  # fmt: skip
+    # a shared embedding would move under the contexts
+    frozen = {"freeze_context": True, "contractive": 0.0}
+    apart = {"tied_readout": False}
+    yield Ablation(table="phases", name="own read-out matrix", model=apart)
+    yield Ablation(table="phases", name="frozen after Phase 1", model=apart, phase2=frozen)
+    yield Ablation(table="phases", name="frozen at random", model=apart, phase1=None, phase2=frozen)
+    one = {"num_blocks": 1}
+    yield Ablation(table="phases", name="one block", model=one)
+    yield Ablation(
+        table="phases", name="one block, token scope", model=one | {"scope": "token"},
+        phase2={"contractive": kept},
+    )  # fmt: skip
+    for limit in (*LIMITS, _NO_LIMIT):
+        name = "none" if limit == _NO_LIMIT else f"{limit:g}"
+        yield Ablation(table="coupling", name=name, model={"coupling_limit": limit})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablations:
+    """All rows, on the corpus of the comparison with peers, and where trials are kept."""
+
+    console: Console
+    out: Path
+    data: Path | None = None
+    """Folder with `train.jsonl` and `valid.jsonl`, beside the default chats."""
+    tokens: int = 1_000_000
+    num_seeds: int = 3
+    num_workers: int | None = None
+
+    def run(self) -> list[Numbers]:
+        """Train what is not kept yet; return the rows."""
+        corpus = prepare_corpus(self.out / "corpus", self.data)
+        config = preset("convex")
+        steps = max(1, round(self.tokens / config.phase2.batch_size / config.data.sequence_length))
+        asked = [*ablations()]
+        with Runner(
+            console=self.console,
+            folder=self.out / "trials",
+            basis=corpus.fingerprint,
+            num_workers=self.num_workers,
+        ) as runner:
+            found = iter(
+                runner.run(
+                    "ablations",
+                    trained,
+                    [one.arguments(config, steps, seed)
+                     for one in asked for seed in range(self.num_seeds)],
+                    places={"folder": str(corpus.folder)},
+                )
+            )  # fmt: skip
+            return [
+                _row(one, [next(found) for _ in range(self.num_seeds)], corpus) for one in asked
+            ]
+
+
+def _row(one: Ablation, found: list[Numbers], corpus: Corpus) -> Numbers:
+    mixed = [mixed_loss(numbers["scores"]) for numbers in found]
+
+    def median(name: str) -> float:
+        return statistics.median(numbers[name] for numbers in found)
+
+    def measured(name: str) -> float | None:
+        values = [numbers["doctor"]["measurements"].get(name) for numbers in found]
+        known = [value for value in values if value is not None]
+        return statistics.median(known) if known else None
+
+    row: Numbers = {
+        "table": one.table,
+        "model": one.name,
+        "parameters": found[0]["parameters"],
+        "tokens": found[0]["tokens_seen"],
+        "mix": statistics.fmean(mixed),
+        "spread": statistics.stdev(mixed) if len(mixed) > 1 else None,
+    }
+    for part in corpus.held_out:
+        row[part] = statistics.fmean(numbers["scores"][part]["loss"] for numbers in found)
+    verdicts = [numbers["doctor"]["token"] + " / " + str(numbers["doctor"]["sequence"])
+                for numbers in found]  # fmt: skip
+    return row | {
+        "verdicts": ", ".join(dict.fromkeys(verdicts)),
+        "sweeps": measured("sweeps"),
+        "jacobian norm": measured("jacobian_norm"),
+        "context length": measured("effective_context_length"),
+        "decay length": measured("decay_length"),
+        "Phase 1, s": median("seconds_phase1"),
+        "cache, s": median("seconds_cache"),
+        "tokens/s": statistics.median(n["tokens_seen"] / n["seconds"] for n in found),
+    }

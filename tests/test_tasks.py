@@ -1,0 +1,155 @@
+"""Long-memory tasks: what is asked is what was said, and how far an answer stands is counted."""
+
+import itertools
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from new_llm.config import Phase2Config, to_dict
+from new_llm.console import Console
+from new_llm.model import num_parameters
+from new_llm.quality import PEERS, build
+from new_llm.tasks import TASKS, Examples, LongMemory, by_distance, holds_until, solved
+
+
+def drawn(task: str, length: int, seed: int) -> Examples:
+    return TASKS[task].draw(length, 3, torch.Generator().manual_seed(seed))
+
+
+def each_text(examples: Examples) -> list[tuple[list[int], list[int], list[int]]]:
+    parts = (examples.ids, examples.targets, examples.distance)
+    return [*zip(*(part.tolist() for part in parts), strict=True)]
+
+
+def check_parity(ids: list[int], targets: list[int], distance: list[int]) -> None:
+    for position, target in enumerate(targets):
+        assert target == sum(ids[: position + 1]) % 2
+        assert distance[position] == position + 1
+
+
+def check_s3(ids: list[int], targets: list[int], distance: list[int]) -> None:
+    each = [*itertools.permutations(range(3))]
+    order = (0, 1, 2)
+    for position, (move, target) in enumerate(zip(ids, targets, strict=True)):
+        order = tuple(order[place] for place in each[move])
+        assert each[target] == order
+        assert distance[position] == position + 1
+
+
+def check_copy(ids: list[int], targets: list[int], distance: list[int]) -> None:
+    length = len(ids) // 2
+    assert ids.count(16) == 1 and ids[length] == 16
+    assert targets == [-1] * length + ids[:length]
+    # what is asked is said right after, save the last
+    assert ids[length + 1 :] == targets[length:-1]
+    assert set(distance) == {length}
+
+
+def check_induction(ids: list[int], targets: list[int], distance: list[int]) -> None:
+    told = {ids[place]: (ids[place + 1], place + 1) for place in range(0, 8, 2)}
+    assert len(told) == 4
+    assert targets[:8] == [-1] * 8 and targets[-1] >= 0
+    for place in range(8, len(ids)):
+        if targets[place] < 0:
+            assert ids[place] >= 32
+            continue
+        name, said = told[ids[place]]
+        assert targets[place] == name
+        assert distance[place] == place - said
+        assert targets[place] not in ids[place:place]
+
+
+@pytest.mark.parametrize(
+    ("task", "check"),
+    [
+        ("parity", check_parity), ("S3", check_s3), ("copy", check_copy),
+        ("induction", check_induction),
+    ],
+)  # fmt: skip
+@given(length=st.integers(1, 40), seed=st.integers(0, 1 << 30))
+@settings(deadline=None, max_examples=20)
+def test_what_is_asked_is_what_was_said(
+    task: str, check: Callable[[list[int], list[int], list[int]], None], length: int, seed: int
+) -> None:
+    for text in each_text(drawn(task, length, seed)):
+        assert max(text[0]) < TASKS[task].vocab_size
+        check(*text)
+
+
+class Answers(torch.nn.Module):
+    """Says the right answer up to a distance, and beyond it always the same."""
+
+    def __init__(self, until: int) -> None:
+        super().__init__()
+        self.until = until
+        self.readout = torch.nn.Linear(2, 2, bias=False)
+        torch.nn.init.eye_(self.readout.weight)
+
+    def forward(self, ids: torch.Tensor) -> object:
+        odd = ids.cumsum(dim=1) % 2
+        known = torch.arange(1, ids.shape[1] + 1) <= self.until
+        said = torch.nn.functional.one_hot(torch.where(known, odd, 0), 2).float()
+        return type("Output", (), {"features": said})
+
+
+def test_the_distance_is_found_up_to_which_answers_are_right() -> None:
+    shares = by_distance(Answers(64), TASKS["parity"], longest=256)  # pyright: ignore[reportArgumentType]
+    assert [*shares] == [8, 16, 32, 64, 128, 256]
+    assert shares[64] == 1.0 and shares[128] == pytest.approx(0.5, abs=0.1)
+    assert holds_until({str(key): share for key, share in shares.items()}) == 64
+    assert holds_until({"8": 0.5, "16": 1.0}) == 0
+
+
+def test_a_recurrent_peer_learns_parity_and_a_linear_one_does_not() -> None:
+    training = Phase2Config(learning_rate=1e-2, max_steps=200, batch_size=32, warmup_steps=20)
+    models = LongMemory(console=Console(quiet=True), width=32).models(2)
+    near = {
+        name: solved(task="parity", model=models[name], training=to_dict(training), seed=0)
+        for name in ("gru", "convex, W_c = 0")
+    }
+    assert near["gru"]["accuracy"]["32"] > 0.95
+    assert near["convex, W_c = 0"]["accuracy"]["32"] < 0.8
+
+
+def test_all_models_are_equally_large_and_bounded_as_they_say() -> None:
+    models = LongMemory(console=Console(quiet=True)).models(6)
+    assert set(models) == {"convex", "convex, W_c = 0", "convex, no limit", *PEERS}
+    with torch.device("meta"):
+        sizes = {name: num_parameters(build(model, 6)) for name, model in models.items()}
+    assert max(sizes.values()) / min(sizes.values()) < 1.05
+
+
+def test_rows_keep_the_learning_rate_that_holds_longest(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("new_llm.tasks.PEERS", ("gru",))
+    monkeypatch.setattr("new_llm.tasks.TASKS", {"parity": TASKS["parity"]})
+    monkeypatch.setattr("new_llm.tasks.LONGEST", 128)
+    asked = LongMemory(
+        console=Console(quiet=True), out=tmp_path_factory.mktemp("tasks"), num_steps=4,
+        num_seeds=2, width=8, num_workers=1, learning_rates=(1e-3, 1e-1),
+    )  # fmt: skip
+    rows = asked.run()
+    assert [row["model"] for row in rows] == [
+        "convex",
+        "convex, W_c = 0",
+        "convex, no limit",
+        "gru",
+    ]
+    for row in rows:
+        assert len(row["holds until"]) == 2 and row["learning_rate"] in asked.learning_rates
+    monkeypatch.setattr("new_llm.tasks.solved", None)
+    monkeypatch.setattr("new_llm.runner.Runner.key", lambda self, trial, given: _kept(asked, given))
+    assert asked.run() == rows
+
+
+def _kept(asked: LongMemory, given: dict[str, object]) -> str:
+    assert asked.out is not None
+    for path in (asked.out / "trials").iterdir():
+        if json.loads(path.read_text())["arguments"] == json.loads(json.dumps(given)):
+            return path.stem
+    raise AssertionError("this was not trained")
