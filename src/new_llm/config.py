@@ -314,6 +314,8 @@ class Phase2Config:
     """Weight of the contraction hinge on pairs of contexts, kept from Phase 1."""
     contractive: float = 0.1
     """Weight of Phase 1's `contractive` objective, kept on a sample of single tokens."""
+    contractive_every: int = 4
+    """Steps between two of its samples, each of which weighs as much more; blocks take turns."""
     engine: Literal["auto", "scan", "gate-scan", "jacobi"] = "auto"
     """How contexts are carried through a text; `auto` measures the coupling and says why."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -332,7 +334,7 @@ class Phase2Config:
         _require(self, "epochs", self.epochs > 0.0, "positive")
         steps = self.max_steps
         _require(self, "max_steps", steps is None or steps >= 1, "at least 1, or none")
-        for name in ("batch_size", "loss_chunk", "evaluation_tokens"):
+        for name in ("batch_size", "loss_chunk", "evaluation_tokens", "contractive_every"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "gradient_clip"):
             _require(self, name, 0.0 < getattr(self, name) <= _LARGEST, f"in (0, {_LARGEST:g}]")

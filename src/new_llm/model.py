@@ -377,6 +377,17 @@ class NewLLM(LanguageModel):
         contexts = torch.stack([point.context for point in found], dim=1)
         return TokenSearch(contexts=contexts, blocks=tuple(found), inputs=tuple(inputs))
 
+    @torch.no_grad()
+    def search_inputs(self, ids: Tensor, block: int) -> Tensor:
+        """Return what a block's cell reads where single tokens rest, `[N]` to `[N, E]`."""
+        h = self.embed(ids)
+        for before in self.stages()[:block]:
+            initial = h.new_zeros(len(ids), self.config.context_width)
+            h = before.read(
+                h, solve_tokens(before.cell, before.norm(h), initial, self.solver).context
+            )
+        return self.stages()[block].norm(h)
+
     def search_distinct(self, ids: Tensor) -> Tensor:
         """Return the delivered contexts of ids, each distinct one solved once, `[..., K, C]`."""
         distinct, place = ids.unique(return_inverse=True)
@@ -451,7 +462,7 @@ def token_losses(
     """Return the cross-entropy of `features @ readout.T` without ever holding all logits.
 
     Args:
-        features: `[N, E]`, only positions that count.
+        features: `[N, E]`, only positions that count; their type is that of the products.
         readout: vocabulary matrix, `[V, E]`.
         targets: token ids, `[N]`.
         weights: share of each position in the loss, `[N]`.
@@ -476,11 +487,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wants_features, wants_readout = ctx.needs_input_grad[:2]
         grad_features = torch.empty_like(features) if wants_features else None
         grad_readout = torch.zeros_like(readout) if wants_readout else None
+        table = readout.to(features.dtype)
         nats = features.new_empty(len(features), dtype=torch.float32)
         correct = torch.empty(len(features), dtype=torch.bool, device=features.device)
         for start in range(0, len(features), chunk):
             part = slice(start, start + chunk)
-            logits = (features[part] @ readout.T).float()
+            logits = (features[part] @ table.T).float()
             target = targets[part, None]
             highest, likely = logits.max(dim=-1, keepdim=True)
             correct[part] = likely[:, 0] == target[:, 0]
@@ -495,9 +507,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 slope.scatter_add_(1, target, -scale)
                 slope = slope.to(features.dtype)
                 if grad_features is not None:
-                    torch.mm(slope, readout, out=grad_features[part])
-                if grad_readout is not None:
+                    torch.mm(slope, table, out=grad_features[part])
+                if grad_readout is None:
+                    continue
+                if table.dtype == readout.dtype:
                     grad_readout.addmm_(slope.T, features[part])
+                else:  # parts are summed in the type of the weights
+                    grad_readout += slope.T @ features[part]
         ctx.save_for_backward(grad_features, grad_readout)
         ctx.mark_non_differentiable(nats, correct)
         return (nats * weights).sum(), nats, correct

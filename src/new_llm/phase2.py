@@ -324,8 +324,9 @@ class _Own:
             return total
         if self.config.pair_hinge:
             total = total + self.config.pair_hinge * self._hinge(ids, real, context)
-        if self.config.contractive:
-            total = total + self.config.contractive * self._contractive(step)
+        every = self.config.contractive_every
+        if self.config.contractive and step % every == 0:
+            total = total + every * self.config.contractive * self._contractive(step)
         return total
 
     def _hinge(self, ids: Tensor, real: Tensor, context: Tensor) -> Tensor:
@@ -338,20 +339,20 @@ class _Own:
         return pair_hinge(block, x, context[chosen, 0], self.phase1.contraction_target)
 
     def _contractive(self, step: int) -> Tensor:
-        """Keep single tokens settled and apart, at a sample drawn for this step."""
+        """Keep single tokens settled and apart, at a sample drawn for this step.
+
+        Blocks take turns: what a cell reads is found by searches of the blocks before it only.
+        """
         generator = torch.Generator().manual_seed((self.seed << 32) + step)
         count = (self.phase1.batch_size,)
         drawn = self.token_ids[torch.randint(len(self.token_ids), count, generator=generator)]
         ids = torch.from_numpy(drawn).to(self.model.embedding.weight.device)
+        turn = step // self.config.contractive_every % self.model.config.num_blocks
         # entering evaluation costs ConvexCell a decomposition, and only dropout asks for it
         self.model.train(self.model.config.dropout == 0.0)
-        inputs = self.model.search(ids).inputs
+        x = self.model.search_inputs(ids, turn)
         self.model.train()
-        losses = [
-            contractive_loss(cell, x, self.phase1, generator)[0]
-            for cell, x in zip(self.model.cells(), inputs, strict=True)
-        ]
-        return torch.stack(losses).mean()
+        return contractive_loss(self.model.cells()[turn], x, self.phase1, generator)[0]
 
 
 class _Trainer:
@@ -431,7 +432,7 @@ class _Trainer:
         wanted = chosen if config.loss_on == "assistant" else torch.ones_like(chosen)
         weights = wanted.float() / wanted.sum().clamp(min=1)
         scored = token_losses(
-            output.features[counts].float(),
+            output.features[counts].to(torch.bfloat16 if wide else torch.float32),
             model.readout.weight,
             targets[counts],
             weights,
