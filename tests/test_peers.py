@@ -31,7 +31,7 @@ def small_peer(kind: str, **changed: int) -> Peer:
         # at the start an MLP adds nothing
         for block in peer.stages():
             assert block.mlp is not None
-            torch.nn.init.normal_(block.mlp[3].weight)  # pyright: ignore[reportArgumentType]
+            torch.nn.init.normal_(block.mlp.narrow.weight)
     return peer
 
 

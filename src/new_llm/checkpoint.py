@@ -26,7 +26,7 @@ from .files import atomic_folder, disk_error, read_json, recover_folder, sha256,
 from .measurements import pair_ratios, upper_factor
 from .model import LanguageModel, NewLLM
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 WEIGHTS = "model.safetensors"
 # relative difference of a number computed again from the same weights, on another machine
 _SAME = {"q2": 1e-3, "q_inf": 1e-3, "rate": 1e-2}

@@ -67,8 +67,8 @@ class ModelConfig:
     """Width E of a token embedding."""
     hidden_width: int = 256
     """Width H inside a cell."""
-    mlp_width: int = 512
-    """Hidden width of a block's residual MLP; 0 leaves the MLP out."""
+    mlp_width: int = 336
+    """Hidden width of a block's residual gated MLP; 0 leaves the MLP out."""
     dropout: float = 0.0
     """Dropout after each hidden layer of a seed cell."""
     clip: float | None = None
@@ -123,8 +123,8 @@ class PeerConfig:
     """Width E of a token embedding and of the stream."""
     width: int = 256
     """Width of what is carried; of `gpt` it is E, of `mamba` the numbers a channel."""
-    mlp_width: int = 512
-    """Hidden width of a block's residual MLP; 0 leaves the MLP out."""
+    mlp_width: int = 336
+    """Hidden width of a block's residual gated MLP; 0 leaves the MLP out."""
     num_heads: int = 4
     """Attention heads, `gpt`."""
     window: int = 512

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar, final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cell import ContextCell, ConvexCell, LayerwiseCell, SequentialCell, Weights
@@ -49,8 +50,30 @@ def build_cell(config: ModelConfig) -> ContextCell:
 Inner = TypeVar("Inner", bound=nn.Module)
 
 
+class GatedMLP(nn.Module):
+    """`W_o (silu(W_g h) * W_v h)` of the normalised stream; adds nothing until it is trained.
+
+    Source: SwiGLU (arXiv:2002.05202).
+
+    >>> GatedMLP(4, 6)(torch.ones(2, 4)).shape
+    torch.Size([2, 4])
+    """
+
+    def __init__(self, width: int, mlp_width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.wide = nn.Linear(width, 2 * mlp_width, bias=False)
+        self.narrow = nn.Linear(mlp_width, width, bias=False)
+        nn.init.zeros_(self.narrow.weight)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return what is added to the stream, `[..., E]` to `[..., E]`."""
+        gate, value = self.wide(self.norm(h)).chunk(2, dim=-1)
+        return self.narrow(F.silu(gate) * value)
+
+
 class Block(nn.Module, Generic[Inner]):
-    """One cell and its read-out: `h + W_o norm(context)`, then a residual MLP.
+    """One cell and its read-out: `h + W_o norm(context)`, then a residual gated MLP.
 
     Args:
         cell: what carries a context; of peers, whatever stands in its place.
@@ -66,16 +89,7 @@ class Block(nn.Module, Generic[Inner]):
         self.context_norm = nn.LayerNorm(context_width)
         self.out = nn.Linear(context_width, width, bias=False)
         nn.init.normal_(self.out.weight, std=context_width**-0.5)
-        self.mlp = None
-        if mlp_width:
-            self.mlp = nn.Sequential(
-                nn.LayerNorm(width),
-                nn.Linear(width, mlp_width),
-                nn.SiLU(),
-                nn.Linear(mlp_width, width),
-            )
-            nn.init.zeros_(self.mlp[3].weight)  # pyright: ignore[reportArgumentType]
-            nn.init.zeros_(self.mlp[3].bias)  # pyright: ignore[reportArgumentType]
+        self.mlp = GatedMLP(width, mlp_width) if mlp_width else None
 
     def read_out(self) -> list[nn.Module]:
         """Return the modules that read contexts and that no cell of this block reads."""

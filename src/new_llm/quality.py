@@ -4,6 +4,7 @@ A trial trains one model and scores it. Trials run side by side in processes of 
 kept, each with its exact config, in a folder from which tables are made again without training.
 """
 
+import os
 import statistics
 import tempfile
 import time
@@ -162,7 +163,7 @@ def matched(model: Numbers, wanted: int, vocab_size: int) -> Numbers:
 
     >>> shape = {"kind": "gru", "embedding_width": 8, "width": 8, "mlp_width": 0}
     >>> matched(shape, 5000, 50)["mlp_width"]
-    102
+    72
     """
     with torch.device("meta"):
         narrow, wide = (
@@ -181,6 +182,7 @@ def trained(
     sequence_length: int,
     seed: int,
     folder: str,
+    threads: int = 1,
 ) -> Numbers:
     """Train a model and score it on every held-out part.
 
@@ -191,7 +193,9 @@ def trained(
         sequence_length: tokens of a segment.
         seed: of weights, order and draws.
         folder: of the corpus.
+        threads: of PyTorch; more than one is for a trial that runs alone.
     """
+    torch.set_num_threads(threads)
     corpus = Corpus.open(Path(folder))
     torch.manual_seed(seed)
     made = build(model, corpus.vocab_size)
@@ -347,6 +351,8 @@ class Quality:
     num_seeds: int = 3
     learning_rates: tuple[float, ...] = LEARNING_RATES
     width: int = 256
+    long_tokens: int = 0
+    """Of one more training of ours, on all cores; 0 leaves it out."""
     num_workers: int | None = None
 
     def run(self) -> list[Numbers]:
@@ -381,7 +387,29 @@ class Quality:
         )  # fmt: skip
         rows += [_row("time", one, rates[one.name], found, corpus)
                  for one, found in zip(entrants, timed, strict=True)]  # fmt: skip
+        for one, found in zip(entrants, tokens, strict=True):
+            rows += _remembered(one.name, found[0]["rebuilt"])
+        if self.long_tokens:
+            rows.append(self._long(corpus, runner, entrants[0], rates[entrants[0].name]))
         return rows
+
+    def _long(self, corpus: Corpus, runner: Runner, ours: Entrant, learning_rate: float) -> Numbers:
+        """Train ours as long as a person waits, alone on all cores."""
+        given = ours.arguments(
+            learning_rate, self._steps(self.long_tokens), 0,
+            preset("convex").phase2, preset("convex").data.sequence_length,
+        )  # fmt: skip
+        threads = len(os.sched_getaffinity(0))
+        found = runner.run(
+            "a long training",
+            trained,
+            [given | {"threads": threads}],
+            places={"folder": str(corpus.folder)},
+        )
+        row = _row("long", ours, learning_rate, found, corpus) | {"threads": threads}
+        return row | {
+            "verdicts": f"{found[0]['doctor']['token']} / {found[0]['doctor']['sequence']}"
+        }
 
     def _entrants(self, vocab_size: int) -> list[Entrant]:
         """Return ours and its peers, all with equally many parameters."""
@@ -391,7 +419,9 @@ class Quality:
             widths |= dict.fromkeys(
                 ("context_width", "embedding_width", "hidden_width"), self.width
             )
-            widths["mlp_width"] = 2 * self.width
+            widths["mlp_width"] = round(
+                config.model.mlp_width / config.model.context_width * self.width
+            )
         shape = to_dict(replace(config.model, **widths))
         with torch.device("meta"):
             wanted = num_parameters(build(shape, vocab_size))
@@ -499,6 +529,15 @@ def counted(corpus: Corpus) -> list[Numbers]:
             row[f"{part}, assistant"] = float(nats[part][_said(store)].mean())
         rows.append(row)
     return rows
+
+
+def _remembered(name: str, rebuilt: Numbers | None) -> list[Numbers]:
+    """Return what all that was said is worth beyond the last tokens, by how many these are."""
+    return [
+        {"table": "memory", "model": name, "tokens kept": int(reach), "gain": gains["mean"],
+         "low": gains["low"], "high": gains["high"], "by past": gains["by_past"]}
+        for reach, gains in (rebuilt or {}).items()
+    ]  # fmt: skip
 
 
 def _said(store: TokenStore) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cell import ACTIVATIONS, ContextCell, ConvexCell
-from .model import NewLLM
+from .model import GatedMLP, NewLLM
 
 # projected tokens that are computed at once, while the table is made
 _TABLE_ROWS = 8192
@@ -96,7 +96,7 @@ class _BlockStep:
         cell: ContextCell,
         context_norm: nn.LayerNorm,
         out: nn.Linear,
-        mlp: nn.Sequential | None,
+        mlp: GatedMLP | None,
         *,
         first: bool,
     ) -> None:
@@ -105,10 +105,7 @@ class _BlockStep:
         self.context_norm, self.out = layer_norm(context_norm), out.weight
         self.mlp = None
         if mlp is not None:
-            inner, wide, _, narrow = mlp
-            assert isinstance(inner, nn.LayerNorm)
-            assert isinstance(wide, nn.Linear) and isinstance(narrow, nn.Linear)
-            self.mlp = (layer_norm(inner), wide.weight, wide.bias, narrow.weight, narrow.bias)
+            self.mlp = (layer_norm(mlp.norm), mlp.wide.weight, mlp.narrow.weight)
 
     def __call__(self, h: Tensor, projected: Tensor, context: Tensor) -> Tensor:
         if self.norm is not None:
@@ -117,9 +114,9 @@ class _BlockStep:
         h = torch.addmv(h, self.out, self.context_norm(context))
         if self.mlp is None:
             return h
-        norm, wide, wide_bias, narrow, narrow_bias = self.mlp
-        inner = F.silu(torch.addmv(wide_bias, wide, norm(h)), inplace=True)
-        return h.add_(narrow_bias).addmv_(narrow, inner)
+        norm, wide, narrow = self.mlp
+        gate, value = torch.mv(wide, norm(h)).chunk(2)
+        return h.addmv_(narrow, F.silu(gate).mul_(value))
 
 
 def layer_norm(norm: nn.LayerNorm) -> Callable[[Tensor], Tensor]:

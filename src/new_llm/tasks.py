@@ -272,7 +272,7 @@ class LongMemory:
             context_width=self.width,
             embedding_width=self.width,
             hidden_width=self.width,
-            mlp_width=2 * self.width,
+            mlp_width=4 * self.width // 3,
         )
         limits = {"convex": shape.coupling_limit, "convex, W_c = 0": 0.0, "convex, no limit": 100.0}
         found = {
