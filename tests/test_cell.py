@@ -133,7 +133,7 @@ def test_coupling_stays_under_its_limit_through_training() -> None:
         optimiser.step()
         cell.weights()  # as the next step does
         # the estimate follows the weights and may lag by a few per cent at so large a step
-        assert cell.coupling()["q2"] < 0.95
+        assert cell.coupling()["q2"] < 0.97
     cell.eval()
     assert cell.coupling()["q2"] <= 0.9 * (1 + 1e-5)
 
@@ -150,7 +150,7 @@ def test_zero_limit_is_a_linear_recurrence() -> None:
 
 def test_time_scales_are_log_uniform_up_to_the_longest() -> None:
     cell = ConvexCell(256, 8, 16, longest_timescale=300.0)
-    forget = cell.project(torch.zeros(1, 8))[0, 16:]
+    forget = cell.parts(cell.project(torch.zeros(1, 8)))[2][0]
     timescale = -1.0 / forget.log()
     assert abs(timescale[0].item() - 1.0) < 0.05
     assert abs(timescale[-1].item() - 300.0) < 15.0

@@ -263,14 +263,17 @@ class LayerwiseCell(SeedCell):
 class ConvexCell(ContextCell):
     """A true convex combination: `f(c, x) = forget * c + (1 - forget) * delta(c, x)`.
 
-    `forget` depends on the token alone; `delta = tanh(W_d phi(W_x x + W_c c) + b_d)`. The coupling
-    `q2 = Lip(phi) * norm2(W_d) * norm2(W_c)` is kept under `coupling_limit` by scaling both
-    matrices. With `q2 < 1` the fixed point of a token exists, is unique, does not depend on
-    `forget`, and iterating `delta` finds it at rate `q2` (Banach). No norm touches the carried
-    context: it would multiply the Jacobian and undo the damping. `certified` keeps the larger of
-    `q2` and `q_inf` under the limit, which proves that gate-scan contracts too; it is far stricter.
+    `forget` depends on the token alone; `delta = tanh(W_d phi(W_x x + g * (W_c c)) + b_d)`, where
+    `g = tanh(W_g x + b_g)` is what the token lets each hidden unit read of the context, and with
+    which sign. The coupling `q2 = Lip(phi) * norm2(W_d) * norm2(W_c)` is kept under
+    `coupling_limit` by scaling both matrices; `|g| < 1` can only lower it. With `q2 < 1` the fixed
+    point of a token exists, is unique, does not depend on `forget`, and iterating `delta` finds it
+    at rate `q2` (Banach). No norm touches the carried context: it would multiply the Jacobian and
+    undo the damping. `certified` keeps the larger of `q2` and `q_inf` under the limit, which proves
+    that gate-scan contracts too; it is far stricter.
 
-    Source: gates from the token alone, minGRU (arXiv:2410.01201); spectral parametrisation by
+    Source: gates from the token alone, minGRU (arXiv:2410.01201); token and context multiplied
+    (arXiv:1606.06630); spectral parametrisation by
     power iteration (arXiv:1802.05957), here of a subspace and on the product of two norms.
 
     >>> cell = ConvexCell(8, 6, 16, coupling_limit=0.9)
@@ -306,6 +309,7 @@ class ConvexCell(ContextCell):
         self.from_context = nn.Linear(context_width, hidden_width, bias=False)
         self.to_delta = nn.Linear(hidden_width, context_width)
         self.to_forget = nn.Linear(embedding_width, context_width)
+        self.to_share = nn.Linear(embedding_width, hidden_width)
         # orthonormal columns that follow the largest singular directions
         followed = min(FOLLOWED, context_width, hidden_width)
         self.register_buffer("context_directions", torch.ones(context_width, followed))
@@ -327,6 +331,9 @@ class ConvexCell(ContextCell):
         timescale = torch.logspace(0.0, math.log10(longest_timescale), self.context_width)
         share = (torch.exp(-1.0 / timescale) / self.forget_max).clamp(max=1.0 - 1e-4)
         self.to_forget.bias.copy_(torch.logit(share))
+        # most of the context is read at first, of every token another part
+        nn.init.normal_(self.to_share.weight, std=0.5 * self.embedding_width**-0.5)
+        nn.init.ones_(self.to_share.bias)
         self.sharpen()
 
     def train(self, mode: bool = True) -> "ConvexCell":
@@ -349,9 +356,15 @@ class ConvexCell(ContextCell):
         ]
 
     def project(self, x: Tensor) -> Tensor:
-        """Return `[W_x x + b_x, forget]`, `[..., H + C]`."""
+        """Return `[W_x x + b_x, share, forget]`, `[..., 2 H + C]`."""
         forget = self.forget_max * torch.sigmoid(self.to_forget(x))
-        return torch.cat([self.from_token(x), forget], dim=-1)
+        return torch.cat([self.from_token(x), torch.tanh(self.to_share(x)), forget], dim=-1)
+
+    def parts(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `project` joined: `[..., H]`, `[..., H]`, `[..., C]`."""
+        widths = [self.hidden_width, self.hidden_width, self.context_width]
+        token_part, share, forget = projected.split(widths, dim=-1)
+        return token_part, share, forget
 
     def weights(self) -> Weights:
         """Return `W_c`, `W_d` with the coupling limit applied, and `b_d`.
@@ -390,16 +403,17 @@ class ConvexCell(ContextCell):
     def search_map(self, context: Tensor, projected: Tensor, weights: Weights) -> Tensor:
         """Return `delta(context, x)`: the gate does not move the fixed point, so it is left out."""
         from_context, to_delta, bias = weights
-        preactivation = projected[..., : self.hidden_width] + F.linear(context, from_context)
+        token_part, share, _ = self.parts(projected)
+        preactivation = torch.addcmul(token_part, share, F.linear(context, from_context))
         return torch.tanh(F.linear(ACTIVATIONS[self.activation](preactivation), to_delta, bias))
 
     def forget_gates(self, context: Tensor, projected: Tensor, weights: Weights) -> Tensor:
         """Return the forget gate, which the token alone decides, `[..., 1, C]`."""
-        return projected[..., None, self.hidden_width :]
+        return self.parts(projected)[2][..., None, :]
 
     def update(self, context: Tensor, projected: Tensor, weights: Weights) -> Tensor:
         """Return `f(context, x)`."""
-        forget = projected[..., self.hidden_width :]
+        forget = self.parts(projected)[2]
         return torch.lerp(self.search_map(context, projected, weights), context, forget)
 
     @property

@@ -595,33 +595,38 @@ class _GatePull:
         assert isinstance(part.cell, ConvexCell) and part.forget is not None
         self.part, self.before, self.forget = part, before, part.forget
         from_context, to_delta, bias = part.weights
-        token_part = part.projected[..., : part.cell.hidden_width]
+        token_part, self.share, _ = part.cell.parts(part.projected)
+        self.read = before @ from_context.T
         self.hidden, self.slope = activated(
-            token_part + before @ from_context.T, part.cell.activation
+            torch.addcmul(token_part, self.share, self.read), part.cell.activation
         )
+        # of `W_c c` rather than of the preactivation
+        self.read_slope = self.slope * self.share
         self.delta = torch.tanh(F.linear(self.hidden, to_delta, bias))
         self.reach = (1.0 - self.forget) * (1.0 - self.delta.square())
 
     def through(self, total: Tensor, part: slice) -> Tensor:
         """Return what the contexts before some positions get by way of `delta`."""
         from_context, to_delta, _ = self.part.weights
-        pulled = ((total * self.reach[part]) @ to_delta).mul_(self.slope[part]) @ from_context
+        pulled = ((total * self.reach[part]) @ to_delta).mul_(self.read_slope[part]) @ from_context
         return pulled if self.part.keep is None else pulled.mul_(self.part.keep[part])
 
     def gradients(self, total: Tensor) -> tuple[Tensor, ...]:
         """Return those of the first context, the projected tokens and the weights."""
         from_context, to_delta, _ = self.part.weights
         to_bias = total * self.reach
-        to_token = (to_bias @ to_delta).mul_(self.slope)
-        first = to_token[0] @ from_context + self.forget[0] * total[0]
+        to_hidden = to_bias @ to_delta
+        to_token, to_read = to_hidden * self.slope, to_hidden * self.read_slope
+        first = to_read[0] @ from_context + self.forget[0] * total[0]
         if self.part.keep is not None:
             first = first * self.part.keep[0]
         to_forget, *to_weights = convex_gradients(
-            total, to_bias, to_token, before=self.before, hidden=self.hidden, delta=self.delta
+            total, to_bias, to_read, before=self.before, hidden=self.hidden, delta=self.delta
         )
         if self.part.real is not None:
             to_forget = to_forget.masked_fill(~self.part.real, 0.0)
-        return first, torch.cat([to_token, to_forget], dim=-1), *to_weights
+        to_projected = torch.cat([to_token, to_token * self.read, to_forget], dim=-1)
+        return first, to_projected, *to_weights
 
 
 class _Pull:

@@ -106,13 +106,13 @@ def _scan_convex(
     real: Tensor | None,
 ) -> Tensor:
     """Run `_ConvexScan` time-major; padding is a gate that forgets nothing."""
-    token_part, forget = projected.split([cell.hidden_width, cell.context_width], dim=-1)
-    forget = forget.transpose(0, 1)
+    token_part, share, forget = (part.transpose(0, 1) for part in cell.parts(projected))
     if real is not None:
         forget = forget.masked_fill(~real.T[..., None], 1.0)
     keep = None if starts is None else (~starts.T[..., None]).to(projected.dtype)
     contexts: Any = _ConvexScan.apply(
-        token_part.transpose(0, 1).contiguous(),
+        token_part.contiguous(),
+        share.contiguous(),
         forget.contiguous(),
         initial,
         *weights,
@@ -123,14 +123,15 @@ def _scan_convex(
 
 
 class _ConvexScan(torch.autograd.Function):
-    """`c_t = forget_t c_{t-1} + (1 - forget_t) tanh(W_d phi(u_t + W_c c_{t-1}) + b_d)`.
+    """`c_t = forget_t c_{t-1} + (1 - forget_t) tanh(W_d phi(u_t + g_t (W_c c_{t-1})) + b_d)`.
 
-    Time-major: token part `[T, B, H]`, forget `[T, B, C]`, keep `[T, B, 1]` (0 at a start) or None.
+    Time-major: token part `u` and share `g` `[T, B, H]`, forget `[T, B, C]`, keep `[T, B, 1]` (0 at
+    a start) or None.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        token_part, forget, initial, from_context, to_delta, bias, keep, activation = inputs
+        token_part, share, forget, initial, from_context, to_delta, bias, keep, activation = inputs
         num_positions, batch, width = forget.shape
         phi = ACTIVATIONS[activation]
         resets = _any(keep, 0, num_positions)
@@ -139,7 +140,9 @@ class _ConvexScan(torch.autograd.Function):
         to_delta_t, bias = tanh.scaled(to_delta.T.contiguous()), tanh.scaled(bias)
         # what only a backward pass reads is not kept where none comes
         kept = any(ctx.needs_input_grad)
-        preactivation = torch.empty_like(token_part if kept else token_part[:1])
+        # what is read of the context, before and after the token's share of it and its own part
+        read = torch.empty_like(token_part if kept else token_part[:1])
+        preactivation = torch.empty_like(read)
         delta = torch.empty_like(forget if kept else forget[:1])
         # slot t holds the context before position t, slot t + 1 the one after it
         context = forget.new_empty(num_positions + 1, batch, width)
@@ -147,20 +150,31 @@ class _ConvexScan(torch.autograd.Function):
         # views are taken at once: each costs as much as a small product
         contexts = context.unbind()
         rows = zip(
-            token_part.unbind(), forget.unbind(), contexts, contexts[1:],
-            _rows(preactivation, num_positions), _rows(delta, num_positions), resets,
-            strict=False,
+            token_part.unbind(), share.unbind(), forget.unbind(), contexts, contexts[1:],
+            _rows(read, num_positions), _rows(preactivation, num_positions),
+            _rows(delta, num_positions), resets, strict=False,
         )  # fmt: skip
-        for t, (token_t, forget_t, before, after, pre, delta_t, reset) in enumerate(rows):
+        for t, (
+            token_t,
+            share_t,
+            forget_t,
+            before,
+            after,
+            read_t,
+            pre,
+            delta_t,
+            reset,
+        ) in enumerate(rows):
             if reset:
                 before = before * keep[t]
-            torch.addmm(token_t, before, from_context_t, out=pre)
+            torch.mm(before, from_context_t, out=read_t)
+            torch.addcmul(token_t, share_t, read_t, out=pre)
             torch.addmm(bias, phi(pre), to_delta_t, out=delta_t)
             tanh(delta_t)
             torch.lerp(delta_t, before, forget_t, out=after)
         if kept:
             ctx.save_for_backward(
-                forget, context, preactivation, delta, from_context, to_delta, keep
+                share, forget, context, read, preactivation, delta, from_context, to_delta, keep
             )
             ctx.activation, ctx.resets = activation, resets
         return context[1:]
@@ -169,10 +183,12 @@ class _ConvexScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_context,) = grads
-        forget, context, preactivation, delta, from_context, to_delta, keep = ctx.saved_tensors
+        (share, forget, context, read, preactivation, delta, from_context, to_delta,
+         keep) = ctx.saved_tensors  # fmt: skip
         num_positions, batch, _ = forget.shape
         carry = torch.zeros_like(context[0])
-        to_token, to_forget = torch.empty_like(preactivation), torch.empty_like(forget)
+        to_token, to_share = torch.empty_like(preactivation), torch.empty_like(preactivation)
+        to_forget = torch.empty_like(forget)
         to_weights = [torch.zeros_like(from_context), torch.zeros_like(to_delta),
                       torch.zeros_like(to_delta[:, 0])]  # fmt: skip
         # whole buffers leave the caches: all that is done with a few positions is done at once
@@ -184,26 +200,30 @@ class _ConvexScan(torch.autograd.Function):
             # d delta / d preactivation of tanh, times the share of delta in the new context
             reach = (1.0 - forget[block]).mul_(1.0 - delta[block].square())
             total, to_bias = torch.empty_like(reach), torch.empty_like(reach)
+            to_hidden, to_read = torch.empty_like(slope), torch.empty_like(slope)
             rows = [*zip(
                 grad_context[block].unbind(), total.unbind(), reach.unbind(), to_bias.unbind(),
-                to_token[block].unbind(), slope.unbind(), forget[block].unbind(),
-                ctx.resets[block], strict=True,
+                to_hidden.unbind(), (slope * share[block]).unbind(), to_read.unbind(),
+                forget[block].unbind(), ctx.resets[block], strict=True,
             )]  # fmt: skip
             for t in range(len(rows) - 1, -1, -1):
-                grad_t, total_t, reach_t, bias_t, token_t, slope_t, forget_t, reset = rows[t]
+                (grad_t, total_t, reach_t, bias_t, hidden_t, slope_t, read_t, forget_t,
+                 reset) = rows[t]  # fmt: skip
                 torch.add(grad_t, carry, out=total_t)
                 torch.mul(total_t, reach_t, out=bias_t)
-                torch.mm(bias_t, to_delta, out=token_t)
-                token_t.mul_(slope_t)
-                torch.addmm(total_t * forget_t, token_t, from_context, out=carry)
+                torch.mm(bias_t, to_delta, out=hidden_t)
+                torch.mul(hidden_t, slope_t, out=read_t)
+                torch.addmm(total_t * forget_t, read_t, from_context, out=carry)
                 if keep is not None and reset:
                     carry.mul_(keep[begin + t])
-            to_forget[block], *shares = convex_gradients(
-                total, to_bias, to_token[block], before=before, hidden=hidden, delta=delta[block]
+            torch.mul(to_hidden, slope, out=to_token[block])
+            torch.mul(to_token[block], read[block], out=to_share[block])
+            to_forget[block], *parts = convex_gradients(
+                total, to_bias, to_read, before=before, hidden=hidden, delta=delta[block]
             )
-            for sum_, share in zip(to_weights, shares, strict=True):
-                sum_ += share
-        return to_token, to_forget, carry, *to_weights, None, None
+            for sum_, part in zip(to_weights, parts, strict=True):
+                sum_ += part
+        return to_token, to_share, to_forget, carry, *to_weights, None, None
 
 
 class _Tanh:
@@ -239,7 +259,7 @@ class _Tanh:
 def convex_gradients(
     total: Tensor,
     to_bias: Tensor,
-    to_token: Tensor,
+    to_read: Tensor,
     *,
     before: Tensor,
     hidden: Tensor,
@@ -250,15 +270,15 @@ def convex_gradients(
     Args:
         total: gradient of the context after each position, `[T, B, C]`.
         to_bias: of the preactivation of tanh, `[T, B, C]`.
-        to_token: of the preactivation of `phi`, `[T, B, H]`.
+        to_read: of `W_c c`, `[T, B, H]`.
         before: context that each position read, `[T, B, C]`.
         hidden: `phi` at each position, `[T, B, H]`.
         delta: what each position would have settled at, `[T, B, C]`.
     """
-    flat_bias, flat_token = to_bias.flatten(0, 1), to_token.flatten(0, 1)
+    flat_bias, flat_read = to_bias.flatten(0, 1), to_read.flatten(0, 1)
     return (
         total * (before - delta),
-        flat_token.T @ before.flatten(0, 1),
+        flat_read.T @ before.flatten(0, 1),
         flat_bias.T @ hidden.flatten(0, 1),
         flat_bias.sum(dim=0),
     )

@@ -90,6 +90,7 @@ def _two_attractors(draw: Draw) -> None:
     cell.from_token.weight[0].zero_()
     cell.from_token.weight[1:].mul_(0.7)
     cell.to_delta.weight[:, 0] = draw.uniform(1.0, 1.5) * side
+    _read_all(cell)
 
 
 def _expansion(draw: Draw) -> None:
@@ -101,6 +102,13 @@ def _expansion(draw: Draw) -> None:
     cell.from_token.weight.mul_(0.2)
     # the present context replaces the last one, or its growth would be averaged away
     cell.to_forget.bias.fill_(-4.0)
+    _read_all(cell)
+
+
+def _read_all(cell: Any) -> None:
+    """Let no token turn away from the context."""
+    cell.to_share.weight.zero_()
+    cell.to_share.bias.fill_(4.0)
 
 
 def _few_directions(draw: Draw) -> None:

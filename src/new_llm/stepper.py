@@ -144,18 +144,22 @@ def _steps_of(cell: ContextCell) -> tuple[Callable[[Tensor], Tensor], Callable[.
         return cell.project, move
     from_context, to_delta, bias = weights
     width, forget_max, phi = cell.hidden_width, cell.forget_max, ACTIVATIONS[cell.activation]
-    # both of what the token decides in one product
-    joined = torch.cat([cell.from_token.weight, cell.to_forget.weight])
-    joined_bias = torch.cat([cell.from_token.bias, cell.to_forget.bias])
+    widths = (width, width, cell.context_width)
+    # all that the token decides in one product
+    linears = (cell.from_token, cell.to_share, cell.to_forget)
+    joined = torch.cat([linear.weight for linear in linears])
+    joined_bias = torch.cat([linear.bias for linear in linears])
 
     def project(x: Tensor) -> Tensor:
         projected = torch.addmv(joined_bias, joined, x)
-        projected[width:].sigmoid_().mul_(forget_max)
+        projected[width : 2 * width].tanh_()
+        projected[2 * width :].sigmoid_().mul_(forget_max)
         return projected
 
     def move_convex(context: Tensor, projected: Tensor) -> None:
-        token_part, forget = projected.split_with_sizes((width, len(projected) - width))
-        delta = torch.addmv(bias, to_delta, phi(torch.addmv(token_part, from_context, context)))
+        token_part, share, forget = projected.split_with_sizes(widths)
+        hidden = torch.addcmul(token_part, share, torch.mv(from_context, context))
+        delta = torch.addmv(bias, to_delta, phi(hidden))
         torch.lerp(delta.tanh_(), context, forget, out=context)
 
     return project, move_convex
