@@ -121,16 +121,22 @@ def test_ours_and_a_peer_learn_from_the_same_tokens(
     monkeypatch.setattr(quality, "preset", lambda name: small)
     asked = Quality(
         console=QUIET, out=tmp_path, tokens=12_000, tuning_tokens=4_000, num_seeds=2,
-        learning_rates=(4e-3,), width=16, num_workers=1,
+        learning_rates=(4e-3,), width=16, num_workers=1, long_tokens=16_000,
     )  # fmt: skip
     rows = asked.run()
-    named = {(row["table"], row["model"]): row for row in rows if row["table"] != "tuning"}
+    named = {(row["table"], row["model"]): row for row in rows
+             if row["table"] in ("tokens", "time", "long")}  # fmt: skip
     assert set(named) == {
         ("tokens", "Kneser-Ney bigram"), ("tokens", "Kneser-Ney trigram"),
         ("tokens", "convex"), ("tokens", "gru"), ("time", "convex"), ("time", "gru"),
+        ("long", "convex"),
     }  # fmt: skip
     ours, peer = named["tokens", "convex"], named["tokens", "gru"]
     assert ours["tokens"] == peer["tokens"] and ours["seeds"] == 2
+    assert named["long", "convex"]["tokens"] > ours["tokens"]
+    remembered = [row for row in rows if row["table"] == "memory"]
+    assert {row["model"] for row in remembered} == {"convex", "gru"}
+    assert all(row["low"] <= row["gain"] <= row["high"] for row in remembered)
     assert ours["spread"] > 0.0 and ours["mix"] < math.log(corpus.vocab_size)
     # what is kept is not trained again, and holds its exact config
     kept = sorted((tmp_path / "trials").iterdir())

@@ -294,7 +294,7 @@ class ConvexCell(ContextCell):
         coupling_limit: float = 0.95,
         activation: str = "silu",
         forget_max: float = 0.999,
-        longest_timescale: float = 300.0,
+        longest_timescale: float = 100.0,
         certified: bool = False,
     ) -> None:
         super().__init__()

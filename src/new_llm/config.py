@@ -67,7 +67,7 @@ class ModelConfig:
     """Width E of a token embedding."""
     hidden_width: int = 256
     """Width H inside a cell."""
-    mlp_width: int = 336
+    mlp_width: int = 256
     """Hidden width of a block's residual gated MLP; 0 leaves the MLP out."""
     dropout: float = 0.0
     """Dropout after each hidden layer of a seed cell."""
@@ -83,7 +83,7 @@ class ModelConfig:
     """ConvexCell keeps q_inf under the limit too, which proves that gate-scan contracts."""
     forget_max: float = 0.999
     """Largest value of ConvexCell's forget gate."""
-    longest_timescale: float = 300.0
+    longest_timescale: float = 100.0
     """Slowest initial time-scale of ConvexCell's gates, tokens; the fastest is 1."""
     tied_readout: bool = True
     """Whether the read-out shares the embedding matrix; freezing contexts needs its own."""
@@ -161,7 +161,7 @@ class DataConfig:
     """`bpe` (trained on the data), `gpt2`, or a Hugging Face tokenizer's folder or hub name."""
     vocab_size: int = 8192
     """Size of a trained `bpe` vocabulary, its two role tokens included."""
-    sequence_length: int = 512
+    sequence_length: int = 256
     """Tokens of one segment."""
     max_dialogues: int | None = None
     """Read at most this many dialogues of the source."""
@@ -292,7 +292,7 @@ class Phase2Config:
     """Which tokens are in the loss; both losses are always reported."""
     epochs: float = 1.0
     """Passes over the training tokens."""
-    min_steps: int = 400
+    min_steps: int = 800
     """Fewest optimiser steps: a small corpus is read again until then."""
     max_steps: int | None = None
     """Most optimiser steps; none is as many as the epochs need."""
@@ -300,7 +300,7 @@ class Phase2Config:
     """Segments a step."""
     optimiser: Literal["muon", "adamw"] = "muon"
     """What moves the matrices of layers; embeddings, gains and biases move by AdamW."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 6e-3
     """Peak step size."""
     final_learning_rate: float = 0.05
     """Share of the peak that the cosine ends at."""
@@ -312,7 +312,7 @@ class Phase2Config:
     """Largest gradient norm."""
     pair_hinge: float = 0.0
     """Weight of the contraction hinge on pairs of contexts, kept from Phase 1."""
-    contractive: float = 0.1
+    contractive: float = 0.02
     """Weight of Phase 1's `contractive` objective, kept on a sample of single tokens."""
     contractive_every: int = 4
     """Steps between two of its samples, each of which weighs as much more; blocks take turns."""
@@ -463,7 +463,7 @@ def _seed_preset(name: str, cell: CellName) -> RunConfig:
             dropout=0.1,
             initialisation="normal",
         ),
-        data=DataConfig(tokenizer="gpt2"),
+        data=DataConfig(tokenizer="gpt2", sequence_length=512),
         solver=SolverConfig(metric="mse", tolerance=0.01, max_iterations=50),
         phase1=Phase1Config(objective="residual", literal_dialogues=10, max_steps=None),
         phase2=Phase2Config(
@@ -490,8 +490,16 @@ def _layerwise() -> RunConfig:
     return RunConfig(
         preset="layerwise",
         model=ModelConfig(cell="layerwise", num_blocks=1, num_layers=2),
+        data=DataConfig(sequence_length=512),
         phase1=Phase1Config(learning_rate=2e-3),
-        phase2=Phase2Config(pair_hinge=1.0),
+        phase2=Phase2Config(
+            optimiser="adamw",
+            learning_rate=3e-3,
+            min_steps=400,
+            pair_hinge=1.0,
+            contractive=0.1,
+            contractive_every=1,
+        ),
     )
 
 
@@ -502,10 +510,10 @@ def _convex() -> RunConfig:
 def _demo() -> RunConfig:
     return RunConfig(
         preset="demo",
-        model=ModelConfig(mlp_width=0, longest_timescale=100.0),
+        model=ModelConfig(mlp_width=0),
         data=DataConfig(vocab_size=2048, sequence_length=128, max_dialogues=1700),
         phase1=Phase1Config(max_steps=100),
-        phase2=Phase2Config(learning_rate=4e-3, batch_size=16),
+        phase2=Phase2Config(batch_size=16, min_steps=400),
     )
 
 
