@@ -119,9 +119,13 @@ def _row(one: Ablation, found: list[Numbers], corpus: Corpus) -> Numbers:
         return statistics.median(numbers[name] for numbers in found)
 
     def measured(name: str) -> float | None:
-        values = [numbers["doctor"]["measurements"].get(name) for numbers in found]
-        known = [value for value in values if value is not None]
-        return statistics.median(known) if known else None
+        """Return the median over seeds of the largest of any block."""
+        each = [
+            [value for key, value in numbers["doctor"]["measurements"].items()
+             if key.rpartition(": ")[2] == name]
+            for numbers in found
+        ]  # fmt: skip
+        return statistics.median(map(max, each)) if all(each) else None
 
     row: Numbers = {
         "table": one.table,

@@ -1,0 +1,66 @@
+"""What is changed in each row, and that rows are trained, judged and kept."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from new_llm import ablations
+from new_llm.ablations import Ablations
+from new_llm.config import ModelConfig, Phase2Config, from_dict, preset
+from new_llm.console import Console
+from new_llm.quality import prepare_corpus
+
+CHOSEN = ("default", "frozen after Phase 1", "one block, token scope", "0")
+
+
+def test_each_row_changes_the_default_in_what_it_names() -> None:
+    config = preset("convex")
+    rows = {(one.table, one.name): one.arguments(config, 10, 0) for one in ablations.ablations()}
+    assert rows["phases", "no Phase 1"]["phase1"] is None
+    assert rows["phases", "Phase 1 by `residual`"]["phase1"]["objective"] == "residual"
+    limits = [given["model"]["coupling_limit"] for (table, _), given in rows.items()
+              if table == "coupling"]  # fmt: skip
+    assert limits == [0.0, 0.25, 0.5, 1.0, 2.0, 100.0]
+    default = rows["phases", "default"]
+    assert default["phase2"]["max_steps"] == default["phase2"]["min_steps"] == 10
+    for given in rows.values():
+        # every one is a config that a run would accept, and differs from the default somewhere
+        from_dict(ModelConfig, given["model"])
+        from_dict(Phase2Config, given["phase2"])
+        assert given == default or {**given, "seed": 1} != {**default, "seed": 1}
+
+
+@pytest.mark.slow
+def test_rows_are_trained_judged_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = preset("convex")
+    widths = dict.fromkeys(("context_width", "embedding_width", "hidden_width", "mlp_width"), 16)
+    small = replace(
+        config,
+        model=replace(config.model, **widths),
+        phase1=replace(config.phase1, max_steps=3),
+        phase2=replace(config.phase2, batch_size=4),
+        data=replace(config.data, sequence_length=64),
+    )
+    every = [one for one in ablations.ablations() if one.name in CHOSEN]
+    monkeypatch.setattr(ablations, "preset", lambda name: small)
+    monkeypatch.setattr(ablations, "ablations", lambda: iter(every))
+    monkeypatch.setattr(
+        ablations, "prepare_corpus",
+        lambda folder, data: prepare_corpus(folder, data, vocab_size=400, max_dialogues=60),
+    )  # fmt: skip
+    asked = Ablations(
+        console=Console(quiet=True), out=tmp_path, tokens=2000, num_seeds=2, num_workers=1
+    )
+    rows = {row["model"]: row for row in asked.run()}
+    assert set(rows) == set(CHOSEN)
+    # contexts that are read from a cache take time to write, and the cell does not move
+    assert rows["frozen after Phase 1"]["cache, s"] > 0.0
+    assert rows["one block, token scope"]["sweeps"] is None
+    assert rows["0"]["jacobian norm"] == 0.0
+    assert rows["default"]["sweeps"] >= 1.0 and rows["default"]["spread"] > 0.0
+    kept = [json.loads(path.read_text()) for path in (tmp_path / "trials").iterdir()]
+    assert len(kept) == 2 * len(CHOSEN)
+    monkeypatch.setattr(ablations.Runner, "_computed", lambda self, trial, left: iter(()))
+    assert {row["model"]: row for row in asked.run()} == rows
