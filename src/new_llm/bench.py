@@ -13,8 +13,9 @@ from .config import fingerprint
 from .console import Console, format_cell
 from .errors import ConfigError
 from .files import read_json, write_json, write_text
-from .quality import Quality
+from .quality import PARAMETERS, Quality
 from .speed import (
+    WIDTH,
     Bench,
     Rows,
     document,
@@ -38,6 +39,8 @@ def quality(bench: Bench) -> Rows:
         width=bench.width,
         num_workers=bench.num_workers,
     )
+    if bench.width == WIDTH:
+        asked = replace(asked, parameters=PARAMETERS)
     if bench.tokens is not None:
         asked = replace(asked, tokens=bench.tokens, tuning_tokens=max(1, bench.tokens // 2))
     return asked.run()

@@ -44,9 +44,13 @@ from .tokenizer import ChatTokenizer
 
 # ours first, then what it is compared with
 PEERS = ("lstm", "gru", "mingru", "gpt", "mamba")
-LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+LEARNING_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 VOCAB_SIZE = 4096
+# two LSTM layers of 256, norms, read-outs and 4,096 embeddings: they leave no room for an MLP
+PARAMETERS = 2_235_392
 _HELD_OUT_SHARE = 0.05
+# steps of one turn of a timing, and turns
+_PACED_STEPS, _PACED_TURNS = 16, 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +167,7 @@ def matched(model: Numbers, wanted: int, vocab_size: int) -> Numbers:
 
     >>> shape = {"kind": "gru", "embedding_width": 8, "width": 8, "mlp_width": 0}
     >>> matched(shape, 5000, 50)["mlp_width"]
-    72
+    73
     """
     with torch.device("meta"):
         narrow, wide = (
@@ -228,6 +232,30 @@ def trained(
         "rebuilt": _rebuilt(made, corpus),
         "doctor": _judged(made, corpus) if isinstance(made, NewLLM) else None,
     }
+
+
+def paced(*, asked: list[Numbers], folder: str) -> Numbers:
+    """Return the seconds that a training step takes, for models that take turns.
+
+    Args:
+        asked: arguments of `trained` for each, without `folder`; their steps are one turn's.
+        folder: of the corpus.
+    """
+    corpus = Corpus.open(Path(folder))
+    models = [build(given["model"], corpus.vocab_size) for given in asked]
+    seconds: list[list[float]] = [[] for _ in asked]
+    for turn in range(_PACED_TURNS + 1):
+        for given, model, found in zip(asked, models, seconds, strict=True):
+            config = from_dict(Phase2Config, given["phase2"])
+            with tempfile.TemporaryDirectory(prefix="new-llm-") as place:
+                begun = time.perf_counter()
+                done = _predict(
+                    model, corpus, None, config, Phase1Config(), given["sequence_length"],
+                    given["seed"], Path(place) / "training",
+                )  # fmt: skip
+                if turn:  # the first one warms up
+                    found.append((time.perf_counter() - begun) / done.num_steps)
+    return {"seconds": [statistics.median(found) for found in seconds]}
 
 
 def _rebuilt(model: LanguageModel, corpus: Corpus) -> Numbers | None:
@@ -323,20 +351,6 @@ class Entrant:
     phase1: Numbers | None
     num_seeds: int
 
-    def arguments(
-        self, learning_rate: float, num_steps: int, seed: int, training: Phase2Config,
-        sequence_length: int,
-    ) -> Numbers:  # fmt: skip
-        """Return what `trained` is given."""
-        steps = {"max_steps": num_steps, "min_steps": num_steps}
-        return {
-            "model": self.model,
-            "phase1": self.phase1,
-            "phase2": to_dict(replace(training, learning_rate=learning_rate, **steps)),
-            "sequence_length": sequence_length,
-            "seed": seed,
-        }
-
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
@@ -351,6 +365,8 @@ class Quality:
     num_seeds: int = 3
     learning_rates: tuple[float, ...] = LEARNING_RATES
     width: int = 256
+    parameters: int | None = None
+    """Of every model; None is as many as the default has."""
     long_tokens: int = 0
     """Of one more training of ours, on all cores; 0 leaves it out."""
     num_workers: int | None = None
@@ -376,11 +392,7 @@ class Quality:
         )  # fmt: skip
         rows += [_row("tokens", one, rates[one.name], found, corpus)
                  for one, found in zip(entrants, tokens, strict=True)]  # fmt: skip
-        # Phase 1 is part of what ours takes
-        allowed = _median_seconds(tokens[0])
-        steps = [
-            round(self._steps(self.tokens) * allowed / _median_seconds(found)) for found in tokens
-        ]
+        steps = self._equal_time(corpus, runner, entrants, tokens[0])
         timed = self._trained(
             corpus, runner,
             [(one, rates[one.name], count) for one, count in zip(entrants, steps, strict=True)],
@@ -393,12 +405,23 @@ class Quality:
             rows.append(self._long(corpus, runner, entrants[0], rates[entrants[0].name]))
         return rows
 
+    def _equal_time(
+        self, corpus: Corpus, runner: Runner, entrants: list[Entrant], ours: list[Numbers]
+    ) -> list[int]:
+        """Return how many steps each may take in the time that ours takes, Phase 1 included."""
+        # trials share the machine with others: what a step takes is measured apart, in turns
+        asked = [self._arguments(one, self.learning_rates[0], _PACED_STEPS, 0) for one in entrants]
+        (paces,) = runner.run(
+            "seconds a step", paced, [{"asked": asked}], places={"folder": str(corpus.folder)}
+        )
+        seconds = paces["seconds"]
+        before = statistics.median(n["seconds_phase1"] / n["seconds"] for n in ours)
+        allowed = self._steps(self.tokens) * (1.0 + before) * seconds[0]
+        return [self._steps(self.tokens), *(round(allowed / pace) for pace in seconds[1:])]
+
     def _long(self, corpus: Corpus, runner: Runner, ours: Entrant, learning_rate: float) -> Numbers:
         """Train ours as long as a person waits, alone on all cores."""
-        given = ours.arguments(
-            learning_rate, self._steps(self.long_tokens), 0,
-            preset("convex").phase2, preset("convex").data.sequence_length,
-        )  # fmt: skip
+        given = self._arguments(ours, learning_rate, self._steps(self.long_tokens), 0)
         threads = len(os.sched_getaffinity(0))
         found = runner.run(
             "a long training",
@@ -423,10 +446,17 @@ class Quality:
                 config.model.mlp_width / config.model.context_width * self.width
             )
         shape = to_dict(replace(config.model, **widths))
-        with torch.device("meta"):
-            wanted = num_parameters(build(shape, vocab_size))
+        wanted = self.parameters
+        if wanted is None:
+            with torch.device("meta"):
+                wanted = num_parameters(build(shape, vocab_size))
         first = to_dict(config.phase1)
-        entrants = [Entrant(name="convex", model=shape, phase1=first, num_seeds=self.num_seeds)]
+        entrants = [
+            Entrant(
+                name="convex", model=matched(shape, wanted, vocab_size), phase1=first,
+                num_seeds=self.num_seeds,
+            )
+        ]  # fmt: skip
         for kind in PEERS:
             carried = 16 if kind == "mamba" else self.width
             bare = to_dict(PeerConfig(kind=kind, embedding_width=self.width, width=carried))
@@ -440,6 +470,23 @@ class Quality:
             )
         return entrants
 
+    def _arguments(self, one: Entrant, learning_rate: float, num_steps: int, seed: int) -> Numbers:
+        """Return what `trained` is given."""
+        config = preset("convex")
+        training = replace(
+            config.phase2, learning_rate=learning_rate, max_steps=num_steps, min_steps=num_steps,
+            precision="bfloat16", engine="scan",
+        )  # fmt: skip
+        if one.phase1 is None:
+            training = replace(training, contractive=0.0, contractive_every=1, pair_hinge=0.0)
+        return {
+            "model": one.model,
+            "phase1": one.phase1,
+            "phase2": to_dict(training),
+            "sequence_length": config.data.sequence_length,
+            "seed": seed,
+        }
+
     def _steps(self, tokens: int) -> int:
         config = preset("convex")
         return max(1, round(tokens / config.phase2.batch_size / config.data.sequence_length))
@@ -448,13 +495,12 @@ class Quality:
         self, corpus: Corpus, runner: Runner, entrants: list[Entrant]
     ) -> tuple[dict[str, float], list[Numbers]]:
         """Return each model's best learning rate of the grid, and the rows of all."""
-        config, steps = preset("convex"), self._steps(self.tuning_tokens)
+        steps = self._steps(self.tuning_tokens)
         asked = [(one, rate) for one in entrants for rate in self.learning_rates]
         found = runner.run(
             "learning rates",
             trained,
-            [one.arguments(rate, steps, 0, config.phase2, config.data.sequence_length)
-             for one, rate in asked],
+            [self._arguments(one, rate, steps, 0) for one, rate in asked],
             places={"folder": str(corpus.folder)},
         )  # fmt: skip
         losses = [mixed_loss(numbers["scores"]) for numbers in found]
@@ -477,12 +523,10 @@ class Quality:
         self, corpus: Corpus, runner: Runner, asked: list[tuple[Entrant, float, int]]
     ) -> list[list[Numbers]]:
         """Train each with every seed."""
-        config = preset("convex")
         arguments = [
-            [one.arguments(rate, steps, seed, config.phase2, config.data.sequence_length)
-             for seed in range(one.num_seeds)]
+            [self._arguments(one, rate, steps, seed) for seed in range(one.num_seeds)]
             for one, rate, steps in asked
-        ]  # fmt: skip
+        ]
         found = iter(
             runner.run(
                 "models",
