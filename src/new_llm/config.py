@@ -161,7 +161,7 @@ class DataConfig:
     """`bpe` (trained on the data), `gpt2`, or a Hugging Face tokenizer's folder or hub name."""
     vocab_size: int = 8192
     """Size of a trained `bpe` vocabulary, its two role tokens included."""
-    sequence_length: int = 256
+    sequence_length: int = 128
     """Tokens of one segment."""
     max_dialogues: int | None = None
     """Read at most this many dialogues of the source."""
@@ -296,7 +296,7 @@ class Phase2Config:
     """Fewest optimiser steps: a small corpus is read again until then."""
     max_steps: int | None = None
     """Most optimiser steps; none is as many as the epochs need."""
-    batch_size: int = 8
+    batch_size: int = 16
     """Segments a step."""
     optimiser: Literal["muon", "adamw"] = "muon"
     """What moves the matrices of layers; embeddings, gains and biases move by AdamW."""
@@ -494,6 +494,7 @@ def _layerwise() -> RunConfig:
         phase1=Phase1Config(learning_rate=2e-3),
         phase2=Phase2Config(
             optimiser="adamw",
+            batch_size=8,
             learning_rate=3e-3,
             min_steps=400,
             pair_hinge=1.0,
@@ -511,9 +512,9 @@ def _demo() -> RunConfig:
     return RunConfig(
         preset="demo",
         model=ModelConfig(mlp_width=0),
-        data=DataConfig(vocab_size=2048, sequence_length=128, max_dialogues=1700),
+        data=DataConfig(vocab_size=2048, max_dialogues=1700),
         phase1=Phase1Config(max_steps=100),
-        phase2=Phase2Config(batch_size=16, min_steps=400),
+        phase2=Phase2Config(min_steps=400),
     )
 
 
