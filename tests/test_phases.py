@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from helpers import small_model, store_of
 from new_llm import cache, phase1, phase2
 from new_llm.cell import LayerwiseCell, SequentialCell
-from new_llm.config import Phase1Config, Phase2Config, SolverConfig
+from new_llm.config import PeerConfig, Phase1Config, Phase2Config, SolverConfig
 from new_llm.console import Console
 from new_llm.data import held_out_ids
 from new_llm.errors import DamagedCacheError, NonFiniteError, StaleCacheError
 from new_llm.evaluate import sequence_verdict, token_verdict
 from new_llm.model import NewLLM
+from new_llm.peers import Peer
+from new_llm.phase2 import make_optimisers
 
 V = 80
 QUIET = Console(quiet=True)
@@ -231,6 +233,29 @@ def test_bfloat16_is_for_large_products_only(cell: str, tmp_path: Path) -> None:
         assert context.dtype == torch.float32
     assert losses["float32"] != losses["bfloat16"]
     assert abs(losses["float32"] - losses["bfloat16"]) < 0.1
+
+
+@pytest.mark.parametrize("kind", ["convex", "mamba", "lstm"])
+@pytest.mark.parametrize("optimiser", ["muon", "adamw"])
+def test_every_weight_is_moved_by_one_optimiser(kind: str, optimiser: str) -> None:
+    shape: Any = {"embedding_width": 16, "mlp_width": 8}
+    model = make() if kind == "convex" else Peer(PeerConfig(kind=kind, width=16, **shape), 40)  # pyright: ignore
+    optimisers = make_optimisers(model, Phase2Config(optimiser=optimiser))  # pyright: ignore
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    moved: dict[str, tuple[type, float]] = {}
+    for one in optimisers:
+        for group in one.param_groups:
+            for parameter in group["params"]:
+                assert names[id(parameter)] not in moved
+                moved[names[id(parameter)]] = type(one), group["weight_decay"]
+    assert set(moved) == set(names.values())
+    decays = Phase2Config().weight_decay
+    for name, parameter in model.named_parameters():
+        is_map = parameter.ndim == 2 and "embedding" not in name and "A_log" not in name
+        wanted = torch.optim.Muon if is_map and optimiser == "muon" else torch.optim.AdamW
+        assert moved[name][0] is wanted, name
+        is_matrix = parameter.ndim >= 2 and "embedding" not in name
+        assert moved[name][1] == (decays if is_matrix else 0.0), name
 
 
 def test_an_interrupted_training_ends_with_the_same_bits(tmp_path: Path) -> None:

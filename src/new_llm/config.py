@@ -292,7 +292,7 @@ class Phase2Config:
     """Which tokens are in the loss; both losses are always reported."""
     epochs: float = 1.0
     """Passes over the training tokens."""
-    min_steps: int = 800
+    min_steps: int = 400
     """Fewest optimiser steps: a small corpus is read again until then."""
     max_steps: int | None = None
     """Most optimiser steps; none is as many as the epochs need."""
@@ -496,7 +496,6 @@ def _layerwise() -> RunConfig:
             optimiser="adamw",
             batch_size=8,
             learning_rate=3e-3,
-            min_steps=400,
             pair_hinge=1.0,
             contractive=0.1,
             contractive_every=1,
@@ -514,7 +513,6 @@ def _demo() -> RunConfig:
         model=ModelConfig(mlp_width=0),
         data=DataConfig(vocab_size=2048, max_dialogues=1700),
         phase1=Phase1Config(max_steps=100),
-        phase2=Phase2Config(min_steps=400),
     )
 
 
