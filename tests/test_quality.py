@@ -116,6 +116,8 @@ def test_ours_and_a_peer_learn_from_the_same_tokens(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(quality, "PEERS", ("gru",))
+    monkeypatch.setattr(quality, "_PACED_STEPS", 2)
+    monkeypatch.setattr(quality, "_PACED_TURNS", 1)
     monkeypatch.setattr(quality, "prepare_corpus", lambda folder, data: corpus)
     small = replace(preset("convex"), phase1=replace(preset("convex").phase1, max_steps=3))
     monkeypatch.setattr(quality, "preset", lambda name: small)
@@ -165,6 +167,8 @@ def test_the_command_on_real_dialogues(
     tmp_path: Path, ultrachat: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quality, "PEERS", ("mingru",))
+    monkeypatch.setattr(quality, "_PACED_STEPS", 2)
+    monkeypatch.setattr(quality, "_PACED_TURNS", 1)
     few = partial(prepare_corpus, vocab_size=600, max_dialogues=30)
     monkeypatch.setattr(quality, "prepare_corpus", few)
     given = "bench quality --tokens 4000 --width 16 --workers 1 --quiet".split()
