@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .config import Phase1Config, RunConfig, preset, to_dict
+from .config import RunConfig, preset, to_dict
 from .console import Console
 from .quality import Corpus, mixed_loss, prepare_corpus, trained
 from .runner import Numbers, Runner
@@ -45,7 +45,6 @@ class Ablation:
 
 def ablations() -> Iterator[Ablation]:
     """Yield all rows of both tables."""
-    kept = preset("convex").phase2.contractive
     yield Ablation(table="phases", name="default")
     yield Ablation(table="phases", name="no Phase 1", phase1=None)
     yield Ablation(
@@ -53,10 +52,9 @@ def ablations() -> Iterator[Ablation]:
         phase2={"contractive": 0.0},
     )  # fmt: skip
     yield Ablation(table="phases", name="Phase 1, nothing kept of it", phase2={"contractive": 0.0})
-    most = Phase1Config().max_steps
     yield Ablation(
         table="phases", name="Phase 1 by `residual`",
-        phase1={"objective": "residual", "max_steps": most}, phase2={"contractive": 0.0},
+        phase1={"objective": "residual"}, phase2={"contractive": 0.0},
     )  # fmt: skip
     # a shared embedding would move under the contexts
     frozen = {"freeze_context": True, "contractive": 0.0}
@@ -66,10 +64,7 @@ def ablations() -> Iterator[Ablation]:
     yield Ablation(table="phases", name="frozen at random", model=apart, phase1=None, phase2=frozen)
     one = {"num_blocks": 1}
     yield Ablation(table="phases", name="one block", model=one)
-    yield Ablation(
-        table="phases", name="one block, token scope", model=one | {"scope": "token"},
-        phase2={"contractive": kept},
-    )  # fmt: skip
+    yield Ablation(table="phases", name="one block, token scope", model=one | {"scope": "token"})
     for limit in (*LIMITS, _NO_LIMIT):
         name = "none" if limit == _NO_LIMIT else f"{limit:g}"
         yield Ablation(table="coupling", name=name, model={"coupling_limit": limit})
