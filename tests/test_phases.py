@@ -16,6 +16,7 @@ from new_llm.data import held_out_ids
 from new_llm.errors import DamagedCacheError, NonFiniteError, StaleCacheError
 from new_llm.evaluate import sequence_verdict, token_verdict
 from new_llm.model import NewLLM
+from new_llm.optimiser import Muon
 from new_llm.peers import Peer
 from new_llm.phase2 import make_optimisers
 
@@ -252,7 +253,7 @@ def test_every_weight_is_moved_by_one_optimiser(kind: str, optimiser: str) -> No
     decays = Phase2Config().weight_decay
     for name, parameter in model.named_parameters():
         is_map = parameter.ndim == 2 and "embedding" not in name and "A_log" not in name
-        wanted = torch.optim.Muon if is_map and optimiser == "muon" else torch.optim.AdamW
+        wanted = Muon if is_map and optimiser == "muon" else torch.optim.AdamW
         assert moved[name][0] is wanted, name
         is_matrix = parameter.ndim >= 2 and "embedding" not in name
         assert moved[name][1] == (decays if is_matrix else 0.0), name

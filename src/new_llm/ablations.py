@@ -32,7 +32,7 @@ class Ablation:
     def arguments(self, config: RunConfig, num_steps: int, seed: int) -> Numbers:
         """Return what `trained` is given."""
         # as in the comparison with peers
-        steps = {"max_steps": num_steps, "min_steps": num_steps, "precision": "bfloat16"}
+        steps = {"max_steps": num_steps, "min_steps": num_steps}
         first = None if self.phase1 is None else replace(config.phase1, **self.phase1)
         return {
             "model": to_dict(replace(config.model, **self.model)),

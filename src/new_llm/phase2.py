@@ -27,6 +27,7 @@ from .data import Segment, SegmentStream, TokenStore, held_out_ids
 from .errors import NonFiniteError
 from .evaluate import Evaluation, evaluate, head
 from .model import LanguageModel, NewLLM, token_losses
+from .optimiser import Muon, fast_bfloat16
 from .phase1 import contractive_loss, pair_hinge
 from .recurrence import Engine
 
@@ -100,9 +101,7 @@ def make_optimisers(model: LanguageModel, config: Phase2Config) -> list[torch.op
     decay, rate = config.weight_decay, config.learning_rate
     optimisers: list[torch.optim.Optimizer] = []
     if config.optimiser == "muon" and matrices:
-        optimisers.append(
-            torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-        )
+        optimisers.append(Muon(matrices, rate, weight_decay=decay))
         matrices = []
     groups = [
         {"params": [*matrices, *tables], "weight_decay": decay},
@@ -170,6 +169,8 @@ def train(
         NonFiniteError: the loss became NaN or infinite; the message names the step.
         KeyboardInterrupt: Ctrl-C was pressed; the step was ended and the state saved.
     """
+    if config.precision == "bfloat16" and not fast_bfloat16(model.embedding.weight.device):
+        console.say("this CPU has no fast products in bfloat16: float32 would take less time")
     optimisers = make_optimisers(model, config)
     segments = _Segments(data, config, seed)
     state = load_training_state(folder, model, optimisers)

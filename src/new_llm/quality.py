@@ -475,7 +475,7 @@ class Quality:
         config = preset("convex")
         training = replace(
             config.phase2, learning_rate=learning_rate, max_steps=num_steps, min_steps=num_steps,
-            precision="bfloat16", engine="scan",
+            engine="scan",
         )  # fmt: skip
         if one.phase1 is None:
             training = replace(training, contractive=0.0, contractive_every=1, pair_hinge=0.0)
