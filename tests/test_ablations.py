@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from new_llm import ablations
+from new_llm import ablations, quality
 from new_llm.ablations import Ablations
 from new_llm.config import ModelConfig, Phase2Config, from_dict, preset
 from new_llm.console import Console
 from new_llm.quality import prepare_corpus
+from new_llm.runner import Runner
 
 CHOSEN = ("default", "frozen after Phase 1", "one block, token scope", "0")
 
@@ -45,10 +46,11 @@ def test_rows_are_trained_judged_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
         data=replace(config.data, sequence_length=64),
     )
     every = [one for one in ablations.ablations() if one.name in CHOSEN]
-    monkeypatch.setattr(ablations, "preset", lambda name: small)
+    for module in (ablations, quality):
+        monkeypatch.setattr(module, "preset", lambda name: small)
     monkeypatch.setattr(ablations, "ablations", lambda: iter(every))
     monkeypatch.setattr(
-        ablations, "prepare_corpus",
+        quality, "prepare_corpus",
         lambda folder, data: prepare_corpus(folder, data, vocab_size=400, max_dialogues=60),
     )  # fmt: skip
     asked = Ablations(
@@ -63,5 +65,5 @@ def test_rows_are_trained_judged_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
     assert rows["default"]["sweeps"] >= 1.0 and rows["default"]["spread"] > 0.0
     kept = [json.loads(path.read_text()) for path in (tmp_path / "trials").iterdir()]
     assert len(kept) == 2 * len(CHOSEN)
-    monkeypatch.setattr(ablations.Runner, "_computed", lambda self, trial, left: iter(()))
+    monkeypatch.setattr(Runner, "_computed", lambda self, trial, left: iter(()))
     assert {row["model"]: row for row in asked.run()} == rows

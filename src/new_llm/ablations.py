@@ -8,8 +8,8 @@ from typing import Any
 
 from .config import RunConfig, preset, to_dict
 from .console import Console
-from .quality import Corpus, mixed_loss, prepare_corpus, trained
-from .runner import Numbers, Runner
+from .quality import Corpus, mixed_loss, num_steps, opened, trained
+from .runner import Numbers
 
 LIMITS = (0.0, 0.25, 0.5, 1.0, 2.0)
 # no weights of this size ever come near it
@@ -29,15 +29,15 @@ class Ablation:
     phase2: dict[str, Any] = field(default_factory=dict)
     """Changed fields of Phase 2."""
 
-    def arguments(self, config: RunConfig, num_steps: int, seed: int) -> Numbers:
+    def arguments(self, config: RunConfig, steps: int, seed: int) -> Numbers:
         """Return what `trained` is given."""
         # as in the comparison with peers
-        steps = {"max_steps": num_steps, "min_steps": num_steps}
+        length = {"max_steps": steps, "min_steps": steps}
         first = None if self.phase1 is None else replace(config.phase1, **self.phase1)
         return {
             "model": to_dict(replace(config.model, **self.model)),
             "phase1": None if first is None else to_dict(first),
-            "phase2": to_dict(replace(config.phase2, **steps, **self.phase2)),
+            "phase2": to_dict(replace(config.phase2, **length, **self.phase2)),
             "sequence_length": config.data.sequence_length,
             "seed": seed,
         }
@@ -84,16 +84,11 @@ class Ablations:
 
     def run(self) -> list[Numbers]:
         """Train what is not kept yet; return the rows."""
-        corpus = prepare_corpus(self.out / "corpus", self.data)
-        config = preset("convex")
-        steps = max(1, round(self.tokens / config.phase2.batch_size / config.data.sequence_length))
-        asked = [*ablations()]
-        with Runner(
-            console=self.console,
-            folder=self.out / "trials",
-            basis=corpus.fingerprint,
-            num_workers=self.num_workers,
-        ) as runner:
+        config, steps, asked = preset("convex"), num_steps(self.tokens), [*ablations()]
+        with opened(self.out, self.data, console=self.console, num_workers=self.num_workers) as (
+            corpus,
+            runner,
+        ):
             found = iter(
                 runner.run(
                     "ablations",

@@ -1,6 +1,6 @@
-"""Benchmarks by name: what `bench` does, and its tables."""
+"""Benchmarks by name: what `bench` does."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,10 +10,11 @@ import torch
 
 from .ablations import Ablations
 from .config import fingerprint
-from .console import Console, format_cell
+from .console import Console
 from .errors import ConfigError
-from .files import read_json, write_json, write_text
-from .quality import PARAMETERS, Quality
+from .files import read_json, write_json
+from .quality import PARAMETERS, Long, Quality
+from .results import finished, tables, write_page
 from .speed import (
     WIDTH,
     Bench,
@@ -44,6 +45,12 @@ def quality(bench: Bench) -> Rows:
     if bench.tokens is not None:
         asked = replace(asked, tokens=bench.tokens, tuning_tokens=max(1, bench.tokens // 2))
     return asked.run()
+
+
+def long(bench: Bench) -> Rows:
+    """Train the default on all cores for about an hour, counts of the same tokens beside it."""
+    asked = Long(console=bench.console, out=_folder("long", bench), data=_corpus("long", bench))
+    return (asked if bench.tokens is None else replace(asked, tokens=bench.tokens)).run()
 
 
 def ablations(bench: Bench) -> Rows:
@@ -93,11 +100,12 @@ BENCHES: dict[str, Callable[[Bench], Rows]] = {
     "document": document,
     "memory": memory,
     "quality": quality,
+    "long": long,
     "ablations": ablations,
     "tasks": tasks,
 }
 # keep their trials themselves, and take hours
-LONG = ("quality", "ablations", "tasks")
+LONG = ("quality", "long", "ablations", "tasks")
 
 
 def run_bench(
@@ -129,47 +137,35 @@ def run_bench(
     for chosen in [one for one in BENCHES if one not in LONG] if name == "all" else [name]:
         about = _about(bench)
         plain = {key: str(value) for key, value in settings.items()}
-        kept = None if out is None else out / f"{chosen}-{fingerprint([about, plain])[:12]}.json"
+        mark = "" if chosen in LONG else "-" + fingerprint([about, plain])[:12]
+        kept = None if out is None else out / f"{chosen}{mark}.json"
         if kept is not None and kept.exists() and chosen not in LONG:
             result = read_json(kept, "the result of a benchmark")
         else:
             torch.manual_seed(0)
-            result = {"rows": BENCHES[chosen](bench), **about}
-            if kept is not None and chosen not in LONG:
+            rows = BENCHES[chosen](bench)
+            result = {"rows": rows, **about, "command": _command(chosen, bench)}
+            if kept is not None:
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 write_json(kept, result)
         results[chosen] = result
-        for title, columns, cells in _tables(chosen, result):
+        for title, columns, cells in tables(chosen, result):
             console.table(title, columns, cells)
     if page is not None:
-        write_text(page, _markdown(results))
+        # a page of what took hours holds all that its folder holds
+        shown = results if out is None or name not in LONG else finished(out, LONG)
+        write_page(page, shown)
     return results
 
 
-def _tables(
-    name: str, result: dict[str, Any]
-) -> Iterator[tuple[str, list[str], list[list[object]]]]:
-    """Yield title, columns and cells of the tables of a benchmark's rows."""
-    about = f"{result['threads']} threads"
-    for table in dict.fromkeys(row.get("table") for row in result["rows"]):
-        rows = [row for row in result["rows"] if row.get("table") == table]
-        columns = list(
-            dict.fromkeys(key for row in rows for key in row if key not in ("why", "table"))
-        )
-        title = f"{name}, {about}" if table is None else f"{name}, {table}"
-        yield title, columns, [[format_cell(row.get(key)) for key in columns] for row in rows]
-
-
-def _markdown(results: dict[str, dict[str, Any]]) -> str:
-    parts = []
-    for name, result in results.items():
-        for title, columns, cells in _tables(name, result):
-            lines = [columns, ["---"] * len(columns), *cells]
-            table = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-            parts.append(f"## {title}\n\n{table}\n")
-        versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-        parts.append(f"{versions}; {result['device']}.\n")
-    return "\n".join(parts)
+def _command(name: str, bench: Bench) -> str:
+    """Return what makes a table again; folders by their names, since they lie elsewhere."""
+    given = [("checkpoint", bench.checkpoint), ("data", bench.data), ("tokens", bench.tokens)]
+    words = [f"--{key} {Path(value).name if isinstance(value, (str, Path)) else value}"
+             for key, value in given if value is not None]  # fmt: skip
+    if name in LONG:
+        words.append("--out DIR")
+    return " ".join(["new-llm bench", name, *words])
 
 
 def _about(bench: Bench) -> dict[str, Any]:

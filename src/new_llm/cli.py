@@ -123,7 +123,7 @@ class LabOptions:
 class BenchOptions:
     """Measure speed, memory and quality against peers in one run: ratios count, seconds drift.
 
-    `all` is all but `quality`, `ablations` and `tasks`, which train for hours.
+    `all` is all but `quality`, `long`, `ablations` and `tasks`, which train for hours.
     """
 
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME|all")]
@@ -131,7 +131,7 @@ class BenchOptions:
     checkpoint: Path | None = None
     """A trained model's folder; without one, weights are as the default preset draws them."""
     data: str | None = None
-    """Dialogues, for benchmarks on real text; of `quality` and `ablations` a folder with
+    """Dialogues, for benchmarks on real text; of `quality`, `long` and `ablations` a folder with
     train.jsonl and valid.jsonl, which are mixed with the default chats."""
     out: Path | None = None
     """Folder that keeps what is finished, so that the command can be repeated."""
@@ -143,7 +143,7 @@ class BenchOptions:
     """Width of contexts, embeddings and hidden layers, where no checkpoint decides it."""
     tokens: int | None = None
     """Tokens of the longest text; ids of `token-scope`, at most GPT-2's; those that a model of
-    `quality` or `ablations` is trained on."""
+    `quality`, `long` or `ablations` is trained on."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where."""
     threads: int | None = None

@@ -93,6 +93,19 @@ def _axes(prefix: str) -> Iterator[tuple[Any, Callable[[], str]]]:
         yield figure.add_subplot(), svg
 
 
+def alone(draw: Callable[[Any], None], *, inches: tuple[float, float]) -> str:
+    """Return an SVG for a file of its own, of what `draw(figure)` draws; black on white."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "new-llm", "font.size": 10}):
+        figure = Figure(figsize=inches, layout="constrained")
+        draw(figure)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
 def _inlined(svg: str, prefix: str) -> str:
     """Return the SVG as a part of a page: ids of its own, the page's ink and font."""
     svg = svg[svg.index("<svg") :]

@@ -9,6 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from .cache import ContextCache, write_sequence_cache, write_token_cache
+from .checkpoint import save_checkpoint
 from .config import (
     ModelConfig,
     PeerConfig,
@@ -48,6 +50,8 @@ LEARNING_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 VOCAB_SIZE = 4096
 # two LSTM layers of 256, norms, read-outs and 4,096 embeddings: they leave no room for an MLP
 PARAMETERS = 2_235_392
+# about an hour on two cores
+LONG_TOKENS = 14_000_000
 _HELD_OUT_SHARE = 0.05
 # steps of one turn of a timing, and turns
 _PACED_STEPS, _PACED_TURNS = 16, 5
@@ -75,6 +79,10 @@ class Corpus:
             vocab_size=record["vocab_size"],
             fingerprint=record["fingerprint"],
         )
+
+    def tokenizer(self) -> ChatTokenizer:
+        """Return the tokenizer that made its tokens."""
+        return ChatTokenizer.load(self.folder / "tokenizer")
 
 
 def prepare_corpus(
@@ -151,6 +159,18 @@ def prepare_corpus(
     return Corpus.open(folder)
 
 
+@contextmanager
+def opened(
+    out: Path, data: Path | None, *, console: Console, num_workers: int | None
+) -> Iterator[tuple[Corpus, Runner]]:
+    """Yield the corpus of a folder of results, and what runs and keeps its trials."""
+    corpus = prepare_corpus(out / "corpus", data)
+    with Runner(
+        console=console, folder=out / "trials", basis=corpus.fingerprint, num_workers=num_workers
+    ) as runner:
+        yield corpus, runner
+
+
 def build(model: Numbers, vocab_size: int) -> LanguageModel:
     """Return a new model of a shape, ours or a peer's.
 
@@ -187,6 +207,7 @@ def trained(
     seed: int,
     folder: str,
     threads: int = 1,
+    kept: str | None = None,
 ) -> Numbers:
     """Train a model and score it on every held-out part.
 
@@ -198,6 +219,7 @@ def trained(
         seed: of weights, order and draws.
         folder: of the corpus.
         threads: of PyTorch; more than one is for a trial that runs alone.
+        kept: folder of an unfinished training, which goes on there, and of the model in the end.
     """
     torch.set_num_threads(threads)
     corpus = Corpus.open(Path(folder))
@@ -210,21 +232,23 @@ def trained(
     settled = time.perf_counter()
     torch.manual_seed(seed + 1)
     second = from_dict(Phase2Config, phase2)
-    # begun anew where it was interrupted: its seconds count
+    # without `kept` begun anew where it was interrupted: its seconds count
     with tempfile.TemporaryDirectory(prefix="new-llm-") as place:
         known = _cached(made, corpus, second, Path(place) / "cache")
         cached = time.perf_counter()
-        done = _predict(
-            made, corpus, known, second, first, sequence_length, seed, Path(place) / "training"
-        )
+        training = Path(kept or place) / "training"
+        done = _predict(made, corpus, known, second, first, sequence_length, seed, training)
     ended = time.perf_counter()
     made.eval()
+    if kept is not None and isinstance(made, NewLLM):
+        save_checkpoint(Path(kept) / "checkpoint", made, corpus.tokenizer())
     total = num_parameters(made)
     return {
         "parameters": total,
         "parameters_inner": total - made.embedding.weight.numel(),
         "tokens_seen": done.tokens_seen,
         "num_steps": done.num_steps,
+        "threads": threads,
         "seconds_phase1": settled - begun,
         "seconds_cache": cached - settled,
         "seconds": ended - cached,
@@ -367,19 +391,14 @@ class Quality:
     width: int = 256
     parameters: int | None = None
     """Of every model; None is as many as the default has."""
-    long_tokens: int = 0
-    """Of one more training of ours, on all cores; 0 leaves it out."""
     num_workers: int | None = None
 
     def run(self) -> list[Numbers]:
         """Train what is not kept yet; return the rows of all tables."""
-        corpus = prepare_corpus(self.out / "corpus", self.data)
-        with Runner(
-            console=self.console,
-            folder=self.out / "trials",
-            basis=corpus.fingerprint,
-            num_workers=self.num_workers,
-        ) as runner:
+        with opened(self.out, self.data, console=self.console, num_workers=self.num_workers) as (
+            corpus,
+            runner,
+        ):
             return self._tables(corpus, runner)
 
     def _tables(self, corpus: Corpus, runner: Runner) -> list[Numbers]:
@@ -388,7 +407,7 @@ class Quality:
         rows = [*tuning, *counted(corpus)]
         tokens = self._trained(
             corpus, runner,
-            [(one, rates[one.name], self._steps(self.tokens)) for one in entrants],
+            [(one, rates[one.name], num_steps(self.tokens)) for one in entrants],
         )  # fmt: skip
         rows += [_row("tokens", one, rates[one.name], found, corpus)
                  for one, found in zip(entrants, tokens, strict=True)]  # fmt: skip
@@ -401,8 +420,6 @@ class Quality:
                  for one, found in zip(entrants, timed, strict=True)]  # fmt: skip
         for one, found in zip(entrants, tokens, strict=True):
             rows += _remembered(one.name, found[0]["rebuilt"])
-        if self.long_tokens:
-            rows.append(self._long(corpus, runner, entrants[0], rates[entrants[0].name]))
         return rows
 
     def _equal_time(
@@ -416,23 +433,8 @@ class Quality:
         )
         seconds = paces["seconds"]
         before = statistics.median(n["seconds_phase1"] / n["seconds"] for n in ours)
-        allowed = self._steps(self.tokens) * (1.0 + before) * seconds[0]
-        return [self._steps(self.tokens), *(round(allowed / pace) for pace in seconds[1:])]
-
-    def _long(self, corpus: Corpus, runner: Runner, ours: Entrant, learning_rate: float) -> Numbers:
-        """Train ours as long as a person waits, alone on all cores."""
-        given = self._arguments(ours, learning_rate, self._steps(self.long_tokens), 0)
-        threads = len(os.sched_getaffinity(0))
-        found = runner.run(
-            "a long training",
-            trained,
-            [given | {"threads": threads}],
-            places={"folder": str(corpus.folder)},
-        )
-        row = _row("long", ours, learning_rate, found, corpus) | {"threads": threads}
-        return row | {
-            "verdicts": f"{found[0]['doctor']['token']} / {found[0]['doctor']['sequence']}"
-        }
+        allowed = num_steps(self.tokens) * (1.0 + before) * seconds[0]
+        return [num_steps(self.tokens), *(round(allowed / pace) for pace in seconds[1:])]
 
     def _entrants(self, vocab_size: int) -> list[Entrant]:
         """Return ours and its peers, all with equally many parameters."""
@@ -470,11 +472,11 @@ class Quality:
             )
         return entrants
 
-    def _arguments(self, one: Entrant, learning_rate: float, num_steps: int, seed: int) -> Numbers:
+    def _arguments(self, one: Entrant, learning_rate: float, steps: int, seed: int) -> Numbers:
         """Return what `trained` is given."""
         config = preset("convex")
         training = replace(
-            config.phase2, learning_rate=learning_rate, max_steps=num_steps, min_steps=num_steps,
+            config.phase2, learning_rate=learning_rate, max_steps=steps, min_steps=steps,
             engine="scan",
         )  # fmt: skip
         if one.phase1 is None:
@@ -487,15 +489,11 @@ class Quality:
             "seed": seed,
         }
 
-    def _steps(self, tokens: int) -> int:
-        config = preset("convex")
-        return max(1, round(tokens / config.phase2.batch_size / config.data.sequence_length))
-
     def _tuned(
         self, corpus: Corpus, runner: Runner, entrants: list[Entrant]
     ) -> tuple[dict[str, float], list[Numbers]]:
         """Return each model's best learning rate of the grid, and the rows of all."""
-        steps = self._steps(self.tuning_tokens)
+        steps = num_steps(self.tuning_tokens)
         asked = [(one, rate) for one in entrants for rate in self.learning_rates]
         found = runner.run(
             "learning rates",
@@ -537,6 +535,52 @@ class Quality:
             )
         )
         return [[next(found) for _ in group] for group in arguments]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Long:
+    """The default, trained as long as a person waits, alone on all cores."""
+
+    console: Console
+    out: Path
+    data: Path | None = None
+    """Folder with `train.jsonl` and `valid.jsonl`, beside the default chats."""
+    tokens: int = LONG_TOKENS
+
+    def run(self) -> list[Numbers]:
+        """Train where that was not done or not finished; return rows of counts, ours, memory."""
+        threads = len(os.sched_getaffinity(0))
+        config = preset("convex")
+        steps = num_steps(self.tokens)
+        given = {
+            "model": to_dict(config.model),
+            "phase1": to_dict(config.phase1),
+            "phase2": to_dict(replace(config.phase2, max_steps=steps, min_steps=steps)),
+            "sequence_length": config.data.sequence_length,
+            "seed": 0,
+        }
+        with opened(self.out, self.data, console=self.console, num_workers=1) as (corpus, runner):
+            places = {"folder": str(corpus.folder), "kept": str(self.out / "long"),
+                      "threads": threads}  # fmt: skip
+            found = runner.run("a long training", trained, [given], places=places)
+            ours = Entrant(name="convex", model=given["model"], phase1=given["phase1"], num_seeds=1)
+            rate = config.phase2.learning_rate
+            judged = found[0]["doctor"]
+            row = _row("losses", ours, rate, found, corpus)
+            row["threads"] = found[0]["threads"]
+            row["verdicts"] = f"{judged['token']} / {judged['sequence']}"
+            counts = [row | {"table": "losses"} for row in counted(corpus)]
+            return [*counts, row, *_remembered("convex", found[0]["rebuilt"])]
+
+
+def num_steps(tokens: int) -> int:
+    """Return the steps in which the default reads so many tokens.
+
+    >>> num_steps(1_000_000)
+    488
+    """
+    config = preset("convex")
+    return max(1, round(tokens / config.phase2.batch_size / config.data.sequence_length))
 
 
 def _median_seconds(found: list[Numbers]) -> float:

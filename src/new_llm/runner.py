@@ -66,7 +66,7 @@ class Runner:
         arguments: Sequence[dict[str, Any]],
         cost: Callable[[dict[str, Any]], float] = lambda given: 1.0,
         *,
-        places: dict[str, str] | None = None,
+        places: dict[str, Any] | None = None,
     ) -> list[Numbers]:
         """Return what a trial gives for each of many arguments, in their order.
 
@@ -75,7 +75,7 @@ class Runner:
             trial: a function of a module.
             arguments: its keyword arguments, JSON values.
             cost: work of arguments, in any unit; the most work begins first.
-            places: further arguments that do not decide the numbers, such as folders.
+            places: further arguments that do not decide the numbers, such as folders and threads.
 
         Raises:
             StoppedError: a process was killed, or a loss became NaN.

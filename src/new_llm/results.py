@@ -1,0 +1,129 @@
+"""Tables of benchmarks as Markdown, each with the command that makes it again, and a figure."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .console import format_cell
+from .files import read_json, write_text
+
+Result = dict[str, Any]
+
+# what a table holds, where its name does not say it
+CAPTIONS = {
+    "quality, tuning": "Nats a token on the held-out mix by learning rate; the best of each model "
+    "is kept for the tables after it.",
+    "quality, tokens": "Equal parameters, equal tokens. Nats a token on held-out dialogues: all "
+    "of them (`mix`), each part apart, and what the assistant says alone. `spread` is the standard "
+    "deviation over random seeds of `mix`.",
+    "quality, time": "The same, each model trained for as many steps as fit in the time of ours, "
+    "Phase 1 included; a step is timed in turns, on one thread.",
+    "quality, memory": "What all that was said is worth beyond a context rebuilt from the last "
+    "tokens, nats a token, in the longest held-out dialogues; paired, 95 % interval.",
+    "ablations, phases": "The default with one thing changed. Verdicts: token / sequence scope.",
+    "ablations, coupling": "The limit on the coupling q2; at 0 the recurrence is linear.",
+    "long, losses": "The default on all cores; nats a token on held-out dialogues, counts on the "
+    "same training tokens.",
+    "long, memory": "As above, of this model.",
+    "tasks": "The longest distance up to which nine in ten answers are right; texts train on "
+    "distances up to 64.",
+}
+
+
+def tables(name: str, result: Result) -> Iterator[tuple[str, list[str], list[list[object]]]]:
+    """Yield title, columns and cells of the tables of a benchmark's rows."""
+    about = f"{result['threads']} threads"
+    for table in dict.fromkeys(row.get("table") for row in result["rows"]):
+        rows = [row for row in result["rows"] if row.get("table") == table]
+        hidden = ("why", "table", "by past")
+        columns = list(dict.fromkeys(key for row in rows for key in row if key not in hidden))
+        title = f"{name}, {about}" if table is None else f"{name}, {table}"
+        yield title, columns, [[format_cell(row.get(key)) for key in columns] for row in rows]
+
+
+def markdown(results: dict[str, Result], figure: str | None = None) -> str:
+    """Return the tables of several benchmarks, and the address of a figure.
+
+    >>> rows = [{"model": "gru", "mix": 3.5}]
+    >>> page = markdown({"quality": {"rows": rows, "threads": 1, "versions": {"torch": "2"},
+    ...                              "device": "cpu", "command": "new-llm bench quality"}})
+    >>> print(page)
+    # Results
+    <BLANKLINE>
+    ## quality
+    `new-llm bench quality`
+    <BLANKLINE>
+    ### quality, 1 threads
+    <BLANKLINE>
+    | model | mix |
+    | --- | --- |
+    | gru | 3.5 |
+    <BLANKLINE>
+    torch 2; cpu.
+    <BLANKLINE>
+    """
+    parts = ["# Results\n"]
+    for name, result in results.items():
+        parts.append(f"## {name}\n`{result['command']}`\n")
+        for title, columns, cells in tables(name, result):
+            lines = [columns, ["---"] * len(columns), *cells]
+            table = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+            caption = CAPTIONS.get(title, CAPTIONS.get(name, ""))
+            parts.append(f"### {title}\n{caption}\n\n{table}\n".replace("\n\n\n", "\n\n"))
+        versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+        parts.append(f"{versions}; {result['device']}.\n")
+    if figure is not None:
+        parts.append(f"![gain of the past by tokens before]({figure})\n")
+    return "\n".join(parts)
+
+
+def write_page(page: Path, results: dict[str, Result]) -> None:
+    """Write the tables of benchmarks to a page, and their figure beside it."""
+    memory = [
+        row | {"bench": name}
+        for name, result in results.items()
+        for row in result["rows"]
+        if row.get("table") == "memory"
+    ]
+    figure = None
+    if memory:
+        figure = page.with_name(page.stem + "-memory.svg")
+        write_text(figure, _memory_figure(memory))
+    write_text(page, markdown(results, None if figure is None else figure.name))
+
+
+def finished(folder: Path, names: tuple[str, ...]) -> dict[str, Result]:
+    """Return the kept results of a folder, by the benchmark's name."""
+    paths = {name: folder / f"{name}.json" for name in names}
+    return {
+        name: read_json(path, "the result of a benchmark")
+        for name, path in paths.items()
+        if path.exists()
+    }
+
+
+def _memory_figure(rows: list[Result]) -> str:
+    """Return the gain of the whole past over a rebuilt context, against the tokens before."""
+    from .plots import COLOURS, alone
+
+    reaches = sorted({row["tokens kept"] for row in rows})
+    models = [*dict.fromkeys((row["bench"], row["model"]) for row in rows)]
+
+    def draw(figure: Any) -> None:
+        all_axes = figure.subplots(1, len(reaches), sharey=True, squeeze=False)[0]
+        for axes, reach in zip(all_axes, reaches, strict=True):
+            for row in rows:
+                if row["tokens kept"] != reach:
+                    continue
+                past = sorted((int(at), gain) for at, gain in row["by past"].items())
+                place = models.index((row["bench"], row["model"]))
+                name = row["model"] if row["bench"] == "quality" else f"{row['model']} (long)"
+                axes.plot(*zip(*past, strict=True), color=COLOURS[place % len(COLOURS)],
+                          label=name, marker="o", ms=2)  # fmt: skip
+            axes.axhline(0.0, color="black", lw=0.5)
+            axes.set_title(f"against the last {reach}")
+            axes.set_xlabel("tokens before")
+        all_axes[0].set_ylabel("gain, nats a token")
+        all_axes[-1].legend(frameon=False, fontsize=8)
+
+    return alone(draw, inches=(3.2 * len(reaches), 3.2))
