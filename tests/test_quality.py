@@ -32,6 +32,7 @@ from new_llm.quality import (
     mixed_loss,
     prepare_corpus,
 )
+from new_llm.results import MARK
 
 QUIET = Console(quiet=True)
 
@@ -131,6 +132,7 @@ def test_ours_and_a_peer_learn_from_the_same_tokens(
     monkeypatch.setattr(quality, "PEERS", ("gru",))
     monkeypatch.setattr(quality, "_PACED_STEPS", 2)
     monkeypatch.setattr(quality, "_PACED_TURNS", 1)
+    monkeypatch.setattr(quality, "PAST_POSITIONS", 50)
     monkeypatch.setattr(quality, "prepare_corpus", lambda folder, data: corpus)
     small = replace(preset("convex"), phase1=replace(preset("convex").phase1, max_steps=3))
     monkeypatch.setattr(quality, "preset", lambda name: small)
@@ -176,6 +178,7 @@ def test_a_long_training_goes_on_and_leaves_its_model(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(quality, "prepare_corpus", lambda folder, data: corpus)
+    monkeypatch.setattr(quality, "PAST_POSITIONS", 50)
     small = preset("convex")
     narrow = replace(small.model, context_width=16, embedding_width=16, hidden_width=16)
     small = replace(small, model=narrow, phase1=replace(small.phase1, max_steps=3))
@@ -212,6 +215,7 @@ def test_the_command_on_real_dialogues(
     monkeypatch.setattr(quality, "PEERS", ("mingru",))
     monkeypatch.setattr(quality, "_PACED_STEPS", 2)
     monkeypatch.setattr(quality, "_PACED_TURNS", 1)
+    monkeypatch.setattr(quality, "PAST_POSITIONS", 50)
     few = partial(prepare_corpus, vocab_size=600, max_dialogues=30)
     monkeypatch.setattr(quality, "prepare_corpus", few)
     given = "bench quality --tokens 4000 --width 16 --workers 1 --quiet".split()
@@ -223,11 +227,15 @@ def test_the_command_on_real_dialogues(
     assert {"chats", "ultrachat", "ultrachat, bits a byte", "ultrachat, assistant"} <= set(ours)
     page = (tmp_path / "results.md").read_text()
     assert "| convex |" in page and "--data ultrachat --tokens 4000" in page
-    # what another benchmark left in the folder stands on the page too
+    # what another benchmark left in the folder stands on the page too, and what a person wrote
+    assert page.startswith("# Results\n")
+    (tmp_path / "results.md").write_text("# What we read in it\n\n" + page[page.index(MARK) :])
     write_json(tmp_path / "q" / "tasks.json",
                {"rows": [{"task": "parity"}], "threads": 1, "versions": {}, "device": "cpu",
                 "command": "new-llm bench tasks"})  # fmt: skip
     assert main([*given, *(str(part) for pair in places.items() for part in pair)]) == 0
-    assert "| parity |" in (tmp_path / "results.md").read_text()
+    again = (tmp_path / "results.md").read_text()
+    assert "| parity |" in again and again.startswith("# What we read in it\n\n" + MARK)
+    assert again.count(MARK) == 1
     figure = tmp_path / "results-memory.svg"
     assert figure.exists() == any(row["table"] == "memory" for row in rows)

@@ -45,7 +45,7 @@ _AGES = 256
 _AUDITED = 1e-3
 _LOSS_CHUNK = 1024
 # of a bootstrap, and tokens of past that are shown together
-_DRAWS, _PAST_STEP = 2000, 128
+_DRAWS, _PAST_BIN = 2000, 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -388,7 +388,7 @@ def rebuilt_gains(
     store: TokenStore,
     reaches: Sequence[int] = (16, 64, 128),
     *,
-    num_dialogues: int = 20,
+    num_dialogues: int = 40,
     num_positions: int = 1000,
 ) -> dict[int, dict[str, Any]]:
     """Return what the whole past is worth beyond one rebuilt from the last tokens only, in nats.
@@ -407,7 +407,7 @@ def rebuilt_gains(
 
     Returns:
         For each reach `mean`, `low`, `high` (95 %), and `by_past`: the mean gain by the tokens
-        before, in steps of 128.
+        before, in bins from 128 to 256, to 512, and so on doubled.
 
     Raises:
         DataError: no dialogue is long enough.
@@ -454,9 +454,11 @@ def _bootstrapped(gains: list[Tensor], places: list[Tensor]) -> dict[str, Any]:
     counts = np.array([len(gain) for gain in gains])
     means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
-    past, gain = torch.cat(places) // _PAST_STEP, torch.cat(gains)
+    past, gain = torch.cat(places), torch.cat(gains)
+    doubled = (past / _PAST_BIN).log2().floor().clamp(min=0).long()
     by_past = {
-        str(int(step) * _PAST_STEP): gain[past == step].mean().item() for step in past.unique()
+        str(_PAST_BIN << int(bin_)): gain[doubled == bin_].mean().item()
+        for bin_ in doubled.unique()
     }
     return {"mean": sums.sum() / counts.sum(), "low": float(low), "high": float(high),
             "by_past": by_past}  # fmt: skip

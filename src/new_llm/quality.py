@@ -50,6 +50,8 @@ LEARNING_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 VOCAB_SIZE = 4096
 # two LSTM layers of 256, norms, read-outs and 4,096 embeddings: they leave no room for an MLP
 PARAMETERS = 2_235_392
+# a minute of evaluation
+PAST_POSITIONS = 4000
 # about an hour on two cores
 LONG_TOKENS = 14_000_000
 _HELD_OUT_SHARE = 0.05
@@ -206,6 +208,7 @@ def trained(
     sequence_length: int,
     seed: int,
     folder: str,
+    past_positions: int = 0,
     threads: int = 1,
     kept: str | None = None,
 ) -> Numbers:
@@ -218,6 +221,7 @@ def trained(
         sequence_length: tokens of a segment.
         seed: of weights, order and draws.
         folder: of the corpus.
+        past_positions: at which it is measured what the past is worth; 0 leaves that out.
         threads: of PyTorch; more than one is for a trial that runs alone.
         kept: folder of an unfinished training, which goes on there, and of the model in the end.
     """
@@ -253,7 +257,7 @@ def trained(
         "seconds_cache": cached - settled,
         "seconds": ended - cached,
         "scores": {name: score(made, part).to_dict() for name, part in corpus.held_out.items()},
-        "rebuilt": _rebuilt(made, corpus),
+        "rebuilt": _rebuilt(made, corpus, past_positions) if past_positions else None,
         "doctor": _judged(made, corpus) if isinstance(made, NewLLM) else None,
     }
 
@@ -282,11 +286,11 @@ def paced(*, asked: list[Numbers], folder: str) -> Numbers:
     return {"seconds": [statistics.median(found) for found in seconds]}
 
 
-def _rebuilt(model: LanguageModel, corpus: Corpus) -> Numbers | None:
+def _rebuilt(model: LanguageModel, corpus: Corpus, num_positions: int) -> Numbers | None:
     """Return what is gained from all that was said in the longest dialogues, by tokens kept."""
     longest = max(corpus.held_out.values(), key=lambda part: np.diff(part.offsets).max())
     try:
-        found = rebuilt_gains(model, longest)
+        found = rebuilt_gains(model, longest, num_positions=num_positions)
     except DataError:
         return None
     return {str(reach): gains for reach, gains in found.items()}
@@ -522,7 +526,11 @@ class Quality:
     ) -> list[list[Numbers]]:
         """Train each with every seed."""
         arguments = [
-            [self._arguments(one, rate, steps, seed) for seed in range(one.num_seeds)]
+            [
+                self._arguments(one, rate, steps, seed)
+                | ({} if seed else {"past_positions": PAST_POSITIONS})
+                for seed in range(one.num_seeds)
+            ]
             for one, rate, steps in asked
         ]
         found = iter(
@@ -558,6 +566,7 @@ class Long:
             "phase2": to_dict(replace(config.phase2, max_steps=steps, min_steps=steps)),
             "sequence_length": config.data.sequence_length,
             "seed": 0,
+            "past_positions": PAST_POSITIONS,
         }
         with opened(self.out, self.data, console=self.console, num_workers=1) as (corpus, runner):
             places = {"folder": str(corpus.folder), "kept": str(self.out / "long"),

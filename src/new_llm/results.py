@@ -9,6 +9,9 @@ from .files import read_json, write_text
 
 Result = dict[str, Any]
 
+# what stands above it on a page is the reader's guide, and is kept
+MARK = "<!-- below: written by the commands that stand there -->"
+
 # what a table holds, where its name does not say it
 CAPTIONS = {
     "quality, tuning": "Nats a token on the held-out mix by learning rate; the best of each model "
@@ -48,8 +51,6 @@ def markdown(results: dict[str, Result], figure: str | None = None) -> str:
     >>> page = markdown({"quality": {"rows": rows, "threads": 1, "versions": {"torch": "2"},
     ...                              "device": "cpu", "command": "new-llm bench quality"}})
     >>> print(page)
-    # Results
-    <BLANKLINE>
     ## quality
     `new-llm bench quality`
     <BLANKLINE>
@@ -62,7 +63,7 @@ def markdown(results: dict[str, Result], figure: str | None = None) -> str:
     torch 2; cpu.
     <BLANKLINE>
     """
-    parts = ["# Results\n"]
+    parts = []
     for name, result in results.items():
         parts.append(f"## {name}\n`{result['command']}`\n")
         for title, columns, cells in tables(name, result):
@@ -78,7 +79,7 @@ def markdown(results: dict[str, Result], figure: str | None = None) -> str:
 
 
 def write_page(page: Path, results: dict[str, Result]) -> None:
-    """Write the tables of benchmarks to a page, and their figure beside it."""
+    """Write the tables of benchmarks to a page, below its `MARK`, and their figure beside it."""
     memory = [
         row | {"bench": name}
         for name, result in results.items()
@@ -89,7 +90,11 @@ def write_page(page: Path, results: dict[str, Result]) -> None:
     if memory:
         figure = page.with_name(page.stem + "-memory.svg")
         write_text(figure, _memory_figure(memory))
-    write_text(page, markdown(results, None if figure is None else figure.name))
+    made = markdown(results, None if figure is None else figure.name)
+    written = page.read_text(encoding="utf-8") if page.exists() else ""
+    # what a person wrote above the mark stays
+    reading = written.partition(MARK)[0] if MARK in written else "# Results\n\n"
+    write_text(page, f"{reading}{MARK}\n{made}")
 
 
 def finished(folder: Path, names: tuple[str, ...]) -> dict[str, Result]:
@@ -122,7 +127,8 @@ def _memory_figure(rows: list[Result]) -> str:
                           label=name, marker="o", ms=2)  # fmt: skip
             axes.axhline(0.0, color="black", lw=0.5)
             axes.set_title(f"against the last {reach}")
-            axes.set_xlabel("tokens before")
+            axes.set_xscale("log", base=2)
+            axes.set_xlabel("tokens before, at least")
         all_axes[0].set_ylabel("gain, nats a token")
         all_axes[-1].legend(frameon=False, fontsize=8)
 

@@ -225,46 +225,46 @@ class LongMemory:
 
     def run(self) -> list[Numbers]:
         """Train what is not kept yet; return a row a task and model."""
-        asked = [
-            (task, name, rate, seed)
-            for task in TASKS
-            for name in self.models(TASKS[task].vocab_size)
-            for rate in self.learning_rates
-            for seed in range(self.num_seeds)
-        ]
-        training = Phase2Config(batch_size=32, warmup_steps=100)
-        steps = {"max_steps": self.num_steps, "min_steps": self.num_steps}
+        models = {task: self.models(given.vocab_size) for task, given in TASKS.items()}
+        pairs = [(task, name) for task in TASKS for name in models[task]]
         with Runner(
             console=self.console,
             folder=None if self.out is None else self.out / "trials",
             num_workers=self.num_workers,
         ) as runner:
-            found = runner.run(
-                "long memory",
-                solved,
-                [
-                    {
-                        "task": task,
-                        "model": self.models(TASKS[task].vocab_size)[name],
-                        "training": to_dict(replace(training, learning_rate=rate, **steps)),
-                        "seed": seed,
-                    }
-                    for task, name, rate, seed in asked
-                ],
-            )
-        rows: list[Numbers] = []
-        for task, given in TASKS.items():
-            for name in self.models(given.vocab_size):
-                groups = {
-                    rate: [
-                        numbers
-                        for one, numbers in zip(asked, found, strict=True)
-                        if one[:3] == (task, name, rate)
-                    ]
-                    for rate in self.learning_rates
-                }
-                rows.append(_row(task, name, groups))
-        return rows
+
+            def solve(title: str, asked: list[tuple[str, str, float, int]]) -> list[Numbers]:
+                return runner.run(
+                    title,
+                    solved,
+                    [self._arguments(task, models[task][name], rate, seed)
+                     for task, name, rate, seed in asked],
+                )  # fmt: skip
+
+            # a first seed chooses the learning rate of each, all seeds are trained with it
+            tuning = [(*pair, rate) for pair in pairs for rate in self.learning_rates]
+            tried = solve("learning rates", [(*one, 0) for one in tuning])
+            best = {
+                pair: max(
+                    (_reached(numbers), -rate)
+                    for (task, name, rate), numbers in zip(tuning, tried, strict=True)
+                    if (task, name) == pair
+                )
+                for pair in pairs
+            }
+            rates = {pair: -negative for pair, (_, negative) in best.items()}
+            seeds = range(self.num_seeds)
+            final = [(*pair, rates[pair], seed) for pair in pairs for seed in seeds]
+            found = iter(solve("long memory", final))
+            return [_row(*pair, rates[pair], [next(found) for _ in seeds]) for pair in pairs]
+
+    def _arguments(self, task: str, model: Numbers, learning_rate: float, seed: int) -> Numbers:
+        """Return what `solved` is given."""
+        training = Phase2Config(
+            batch_size=32, warmup_steps=100, learning_rate=learning_rate,
+            max_steps=self.num_steps, min_steps=self.num_steps,
+        )  # fmt: skip
+        return {"task": task, "model": model, "training": to_dict(training), "seed": seed}
 
     def models(self, vocab_size: int) -> dict[str, Numbers]:
         """Return ours at three limits of its coupling, and its peers, equally large."""
@@ -287,20 +287,18 @@ class LongMemory:
         return found
 
 
-def _row(task: str, name: str, groups: dict[float, list[Numbers]]) -> Numbers:
-    """Return one row: that of the learning rate which holds longest in the median of its seeds."""
+def _reached(numbers: Numbers) -> tuple[int, float]:
+    """Return how far a trained model holds, and its share of right answers near by."""
+    return holds_until(numbers["accuracy"]), numbers["accuracy"][str(TRAINED)]
 
-    def reached(found: list[Numbers]) -> tuple[float, float]:
-        held = [holds_until(numbers["accuracy"]) for numbers in found]
-        near = [numbers["accuracy"][str(TRAINED)] for numbers in found]
-        return statistics.median(held), statistics.fmean(near)
 
-    rate, found = max(groups.items(), key=lambda item: reached(item[1]))
+def _row(task: str, name: str, learning_rate: float, found: list[Numbers]) -> Numbers:
+    """Return one row: how far each seed holds, and mean shares of right answers by distance."""
     row: Numbers = {
         "table": task,
         "model": name,
         "parameters": found[0]["parameters"],
-        "learning_rate": rate,
+        "learning_rate": learning_rate,
         "holds until": [holds_until(numbers["accuracy"]) for numbers in found],
     }
     for distance in found[0]["accuracy"]:
