@@ -21,7 +21,7 @@ demo: $(VENV)/.installed
 	$(BIN)/new-llm run demo --out $(RUN)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -13,11 +13,14 @@ from new_llm import cli
 SOURCE = Path(__file__).parents[1] / "src" / "new_llm"
 # a module imports only modules that stand before it
 ORDER = [
-    "errors", "config", "console", "files", "dialogues", "tokenizer", "data", "cell",
-    "counts", "fixed_point", "scan", "recurrence", "measurements", "doctor", "model", "checkpoint",
-    "evaluate", "phase1", "cache", "phase2", "stepper", "generate", "baselines", "peers",
+    "errors", "config", "configuration_new_llm", "console", "files", "dialogues", "tokenizer",
+    "data", "cell", "counts", "fixed_point", "scan", "recurrence", "measurements", "doctor",
+    "model", "modeling_new_llm", "announce", "checkpoint",
+    "evaluate", "phase1", "cache", "optimiser", "phase2", "stepper", "generate", "baselines",
+    "peers",
     "records", "plots", "report", "pipeline", "specimens", "runner", "trials",
-    "laboratory", "experiments", "claims", "lab", "speed", "quality", "ablations", "tasks", "bench",
+    "laboratory", "experiments", "claims", "lab", "speed", "quality", "ablations", "tasks",
+    "results", "bench",
     "cli", "__main__",
 ]  # fmt: skip
 

@@ -216,6 +216,8 @@ def test_the_command_on_real_dialogues(
     monkeypatch.setattr(quality, "_PACED_STEPS", 2)
     monkeypatch.setattr(quality, "_PACED_TURNS", 1)
     monkeypatch.setattr(quality, "PAST_POSITIONS", 50)
+    one = partial(Quality, learning_rates=(4e-3,), num_seeds=1)
+    monkeypatch.setattr("new_llm.bench.Quality", one)
     few = partial(prepare_corpus, vocab_size=600, max_dialogues=30)
     monkeypatch.setattr(quality, "prepare_corpus", few)
     given = "bench quality --tokens 4000 --width 16 --workers 1 --quiet".split()

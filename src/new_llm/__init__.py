@@ -6,6 +6,8 @@ The public names are loaded when they are first used, so that `import new_llm` s
 from importlib import import_module
 from typing import Any
 
+from .announce import announce
+
 __version__ = "0.1.0"
 
 _HOME = {
@@ -18,6 +20,9 @@ _HOME = {
     "FixedPoint": "fixed_point",
     "solve": "fixed_point",
     "NewLLM": "model",
+    "NewLLMConfig": "configuration_new_llm",
+    "NewLLMForCausalLM": "modeling_new_llm",
+    "NewLLMModel": "modeling_new_llm",
     "load_checkpoint": "checkpoint",
     "Conversation": "generate",
     "run": "pipeline",
@@ -34,3 +39,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+announce()

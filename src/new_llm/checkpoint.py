@@ -1,12 +1,14 @@
 """A checkpoint: one folder with weights, shape and tokenizer; whole or not there at all.
 
 `config.json` says what the model is, `model.safetensors` holds the weights and `tokenizer.json`
-the vocabulary. Nothing is loaded that can run code.
+the vocabulary: what transformers reads. The modelling files lie beside them, for users who let it
+run them (`trust_remote_code`); we load nothing that can run code.
 """
 
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,8 +28,13 @@ from .files import atomic_folder, disk_error, read_json, recover_folder, sha256,
 from .measurements import pair_ratios, upper_factor
 from .model import LanguageModel, NewLLM
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 WEIGHTS = "model.safetensors"
+# what our model is called inside of `NewLLMForCausalLM`
+_INSIDE = "model.network."
+# `modeling_new_llm` and all that it imports of this package
+TRAVELLING = ("modeling_new_llm", "configuration_new_llm", "model", "cell", "config", "errors",
+              "fixed_point", "recurrence", "scan")  # fmt: skip
 # relative difference of a number computed again from the same weights, on another machine
 _SAME = {"q2": 1e-3, "q_inf": 1e-3, "rate": 1e-2}
 # few iterations: a cell that expands would carry one machine's rounding into the rate
@@ -67,11 +74,23 @@ def save_checkpoint(folder: Path, model: NewLLM, tokenizer: ChatTokenizer) -> No
     with atomic_folder(folder) as part:
         save_weights(part / WEIGHTS, model)
         tokenizer.save(part)
+        for name in TRAVELLING:
+            shutil.copyfile(Path(__file__).with_name(f"{name}.py"), part / f"{name}.py")
+        ends = {"eos_token_id": tokenizer.im_end_id, "pad_token_id": tokenizer.im_end_id}
+        write_json(part / "generation_config.json", ends)
         write_json(
             part / "config.json",
             {
                 "format_version": FORMAT_VERSION,
                 "model_type": "new_llm",
+                "architectures": ["NewLLMForCausalLM"],
+                "auto_map": {
+                    "AutoConfig": "configuration_new_llm.NewLLMConfig",
+                    "AutoModel": "modeling_new_llm.NewLLMModel",
+                    "AutoModelForCausalLM": "modeling_new_llm.NewLLMForCausalLM",
+                },
+                "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
+                **ends,
                 "vocab_size": model.vocab_size,
                 "model": to_dict(model.config),
                 "solver": to_dict(model.solver),
@@ -118,7 +137,8 @@ def save_weights(path: Path, model: nn.Module) -> None:
     tensors = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     if _shares_readout(model):
         del tensors["readout.weight"]
-    save_tensors(path, tensors)
+    inside = _INSIDE if isinstance(model, NewLLM) else ""
+    save_tensors(path, {inside + name: value for name, value in tensors.items()})
 
 
 def _shares_readout(model: nn.Module) -> bool:
@@ -133,7 +153,9 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         CheckpointError: `path` cannot be written.
     """
     try:
-        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path)
+        # transformers asks which framework wrote a file
+        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path,
+                  metadata={"format": "pt"})  # fmt: skip
     except SafetensorError as error:
         # the Rust library has no other place for the system's error number
         number = re.search(r"os error (\d+)", str(error))
@@ -166,6 +188,8 @@ def load_weights(path: Path, model: nn.Module) -> None:
         CheckpointError: the file is damaged or of another shape.
     """
     tensors = load_tensors(path, "weights")
+    if isinstance(model, NewLLM):
+        tensors = {name.removeprefix(_INSIDE): value for name, value in tensors.items()}
     if _shares_readout(model) and "embedding.weight" in tensors:
         tensors["readout.weight"] = tensors["embedding.weight"]
     try:
@@ -208,13 +232,16 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
             "load it with the version that wrote it"
         )
     weights = path / WEIGHTS
-    if not weights.is_file() or sha256(weights) != config["weights_sha256"]:
+    # transformers saved it where there is no checksum
+    written = config.get("weights_sha256")
+    if not weights.is_file() or (written is not None and sha256(weights) != written):
         raise CheckpointError(
             f"{weights} must match the checksum in config.json, but it is truncated or changed; "
             "copy or train the checkpoint again"
         )
     tokenizer = ChatTokenizer.load(path)
-    if tokenizer.vocab_size != config["vocab_size"] or tokenizer.fingerprint != config["tokenizer"]:
+    same = written is None or tokenizer.fingerprint == config["tokenizer"]
+    if tokenizer.vocab_size != config["vocab_size"] or not same:
         raise CheckpointError(
             f"the checkpoint's own tokenizer expected ({config['vocab_size']} tokens, "
             f"{config['tokenizer']}), {path} has one of {tokenizer.vocab_size} tokens "
@@ -229,7 +256,8 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         model = NewLLM(model_config, config["vocab_size"], solver)
     load_weights(weights, model)
     model.eval()
-    _check_contraction(path, contraction(model), config.get("contraction"))
+    if written is not None:
+        _check_contraction(path, contraction(model), config.get("contraction"))
     return Checkpoint(model=model, tokenizer=tokenizer, config=config)
 
 

@@ -8,11 +8,13 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, Literal, TypeVar, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .cell import ContextCell, ConvexCell, LayerwiseCell, SequentialCell, Weights
 from .config import ModelConfig, SolverConfig
@@ -183,6 +185,8 @@ class NewLLM(LanguageModel):
         self.config = config
         self.vocab_size = vocab_size
         self.solver = solver or SolverConfig()
+        # blocks are computed anew in the backward pass, which then keeps only what they read
+        self.gradient_checkpointing = False
         width = config.embedding_width
         self.embedding = nn.Embedding(vocab_size, width)
         nn.init.normal_(self.embedding.weight, std=0.02)
@@ -229,7 +233,7 @@ class NewLLM(LanguageModel):
 
     def forward(
         self,
-        ids: Tensor,
+        ids: Tensor | None,
         context: Tensor | None = None,
         *,
         starts: Tensor | None = None,
@@ -237,43 +241,55 @@ class NewLLM(LanguageModel):
         contexts: Tensor | None = None,
         weights: Sequence[Weights] | None = None,
         engines: Sequence[Engine] | None = None,
+        embedded: Tensor | None = None,
     ) -> ModelOutput:
         """Read token ids and return features and the context that follows.
 
         Args:
-            ids: token ids, `[B, T]`.
+            ids: token ids, `[B, T]`; None where `embedded` is given.
             context: context before the first position, `[B, K, C]`; None is zeros.
             starts: where a dialogue begins, `[B, T]` bool; the context before it counts as zero.
             real: False at padding, on either side, `[B, T]` bool; padding holds the context.
             contexts: contexts after each position, already known, `[B, T, K, C]`.
             weights: `weights()`, where a loop of calls took them once.
             engines: how each block carries its context; None is scan.
+            embedded: rows of the embedding in place of ids, `[B, T, E]`; sequence scope only.
+
+        Raises:
+            ValueError: nothing to read, or token scope without ids.
         """
-        if context is None:
-            context = self.initial_context(len(ids))
         if contexts is None and self.config.scope == "token":
+            if ids is None:
+                raise ValueError("token scope searches a fixed point a token id, got no ids")
             contexts = self.rest(ids, self.search_distinct(ids))
-        h = self.embed(ids)
+        if ids is None and embedded is None:
+            raise ValueError("ids or rows of the embedding expected, got neither")
+        h = self.embedding_norm(self.embedding(ids) if embedded is None else embedded)
+        if context is None:
+            context = self.initial_context(len(h))
+        checkpointed = self.gradient_checkpointing and self.training
+        if checkpointed and weights is None:
+            # taking weights in training moves what the limit follows: once, not again backward
+            weights = self.weights()
         last, carried = [], []
         for k, block in enumerate(self.stages()):
-            if contexts is None:
-                found = carry(
-                    block.cell,
-                    block.norm(h),
-                    context[:, k],
-                    engine="scan" if engines is None else engines[k],
-                    starts=starts,
-                    real=real,
-                    weights=None if weights is None else weights[k],
-                )
-                carried.append(found)
-                after = found.contexts
+            known = None if contexts is None else contexts[:, :, k]
+            passed = partial(
+                _passed,
+                block,
+                known=known,
+                starts=starts,
+                real=real,
+                weights=None if weights is None else weights[k],
+                engine="scan" if engines is None else engines[k],
+            )
+            if checkpointed:
+                h, after, found = checkpoint(passed, h, context[:, k], use_reentrant=False)
             else:
-                after = contexts[:, :, k]
-                if real is not None:
-                    after = _hold(after, context[:, k], real)
-            last.append(after[:, -1])
-            h = block.read(h, after)
+                h, after, found = passed(h, context[:, k])
+            last.append(after)
+            if found is not None:
+                carried.append(found)
         return ModelOutput(
             features=self.final_norm(h),
             context=torch.stack(last, dim=1),
@@ -448,6 +464,27 @@ def _search(cell: ContextCell, x: Tensor, initial: Tensor, solver: SolverConfig)
         damping=solver.damping,
         method=solver.method,
     )
+
+
+def _passed(
+    block: Block[ContextCell],
+    h: Tensor,
+    before: Tensor,
+    *,
+    known: Tensor | None,
+    starts: Tensor | None,
+    real: Tensor | None,
+    weights: Weights | None,
+    engine: Engine,
+) -> tuple[Tensor, Tensor, Carried | None]:
+    """Return the stream after a block, its last context, and how its contexts were found."""
+    if known is not None:
+        after = known if real is None else _hold(known, before, real)
+        return block.read(h, after), after[:, -1], None
+    found = carry(
+        block.cell, block.norm(h), before, engine=engine, starts=starts, real=real, weights=weights
+    )
+    return block.read(h, found.contexts), found.contexts[:, -1], found
 
 
 def _hold(contexts: Tensor, initial: Tensor, real: Tensor) -> Tensor:
