@@ -46,6 +46,8 @@ _AUDITED = 1e-3
 _LOSS_CHUNK = 1024
 # of a bootstrap, and tokens of past that are shown together
 _DRAWS, _PAST_BIN = 2000, 128
+# positions without which the mean of a bin is not shown
+_FEWEST = 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -407,7 +409,8 @@ def rebuilt_gains(
 
     Returns:
         For each reach `mean`, `low`, `high` (95 %), and `by_past`: the mean gain by the tokens
-        before, in bins from 128 to 256, to 512, and so on doubled.
+        before, in bins from 128 to 256, to 512, and so on doubled,
+        where a bin has 30 positions.
 
     Raises:
         DataError: no dialogue is long enough.
@@ -459,6 +462,7 @@ def _bootstrapped(gains: list[Tensor], places: list[Tensor]) -> dict[str, Any]:
     by_past = {
         str(_PAST_BIN << int(bin_)): gain[doubled == bin_].mean().item()
         for bin_ in doubled.unique()
+        if (doubled == bin_).sum() >= _FEWEST
     }
     return {"mean": sums.sum() / counts.sum(), "low": float(low), "high": float(high),
             "by_past": by_past}  # fmt: skip
