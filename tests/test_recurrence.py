@@ -8,7 +8,15 @@ from torch import Tensor
 
 from new_llm.cell import ContextCell, ConvexCell, LayerwiseCell, SequentialCell, Weights
 from new_llm.errors import NonFiniteError
-from new_llm.recurrence import Engine, carry, linear_scan, proved_rate, sweep
+from new_llm.recurrence import (
+    Engine,
+    _Progress,
+    _Settings,
+    carry,
+    linear_scan,
+    proved_rate,
+    sweep,
+)
 from new_llm.scan import scan, scan_by_steps
 
 C, E, H = 6, 5, 7
@@ -228,6 +236,18 @@ def test_the_record_says_how_far_the_recurrence_is() -> None:
         assert 0.0 < found.sweeps.rate < 1.0
         assert not found.fell_back and not found.proved
     assert carry(cell, x, zero, engine="scan").sweeps.distance == 0.0
+
+
+def test_a_rate_remembers_sweeps_that_were_slow() -> None:
+    """A hard place of a text slows now and then; two fast sweeps do not promise a third."""
+    settings = _Settings(tolerance=1e-5, max_sweeps=12, chunk=64, bound=None)
+    progress = _Progress(settings)
+    for change in (1.0, 0.6, 0.36, 0.1, 0.03):
+        progress.look(torch.full((1, 1, 2), change), torch.zeros(1, 1, 2), "contexts")
+    assert progress.rate == pytest.approx(0.6)
+    for change in (0.009, 0.0027):
+        progress.look(torch.full((1, 1, 2), change), torch.zeros(1, 1, 2), "contexts")
+    assert progress.rate == pytest.approx(0.3, abs=0.01)
 
 
 def test_a_proved_rate_bounds_the_distance() -> None:

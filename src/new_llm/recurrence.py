@@ -40,6 +40,8 @@ _WIDE_POSITION = 8192
 _LEAST_RATE = 0.25
 # ratio of changes that is assumed while there is only one
 _ASSUMED_RATE = 0.5
+# ratios that a rate is taken from: with two, a hard place that slows now and then broke its bound
+_RATIOS = 4
 # ratio from which more sweeps would be as slow as the scan
 _HOPELESS = 0.95
 # changes are relative to what changes, or to these shares of the largest of a part
@@ -427,8 +429,8 @@ class _Progress:
 
     @property
     def rate(self) -> float:
-        """The larger of the last two ratios of largest changes; after one sweep only a guess."""
-        last = self._largest[-3:]
+        """The largest of the last ratios of largest changes; after one sweep only a guess."""
+        last = self._largest[-1 - _RATIOS :]
         ratios = [now / before if before > 0.0 else 0.0 for before, now in pairwise(last)]
         return max(ratios) if ratios else _ASSUMED_RATE
 
