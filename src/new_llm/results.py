@@ -84,7 +84,7 @@ def write_page(page: Path, results: dict[str, Result]) -> None:
         row | {"bench": name}
         for name, result in results.items()
         for row in result["rows"]
-        if row.get("table") == "memory"
+        if row.get("table") == "memory" and row["by past"]
     ]
     figure = None
     if memory:
