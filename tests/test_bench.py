@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from new_llm.baselines import GPTBlock, MinGRU
-from new_llm.bench import BENCHES, LONG
+from new_llm.bench import BENCHES, LONG, _command
 from new_llm.cli import main
+from new_llm.console import Console
+from new_llm.speed import Bench
 
 SMALL = "--lengths 16 64 --batches 1 2 --tokens 12000 --width 64 --quiet".split()
 
@@ -89,3 +91,14 @@ def test_a_gpt_block_sees_no_later_position() -> None:
     before = block(x)[:, :4]
     x[:, 4:] += 1.0
     torch.testing.assert_close(block(x)[:, :4], before)
+
+
+def test_the_command_beside_a_table_says_what_was_asked() -> None:
+    quiet = Console(quiet=True)
+    plain = Bench(console=quiet, device="cpu")
+    assert _command("memory", plain) == "new-llm bench memory"
+    asked = Bench(
+        console=quiet, device="cpu", data="/somewhere/ultrachat", lengths=(8, 16), width=16
+    )
+    expected = "new-llm bench quality --data ultrachat --lengths 8 16 --width 16 --out DIR"
+    assert _command("quality", asked) == expected

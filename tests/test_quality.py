@@ -228,7 +228,7 @@ def test_the_command_on_real_dialogues(
     (ours,) = [row for row in rows if row["table"] == "tokens" and row["model"] == "convex"]
     assert {"chats", "ultrachat", "ultrachat, bits a byte", "ultrachat, assistant"} <= set(ours)
     page = (tmp_path / "results.md").read_text()
-    assert "| convex |" in page and "--data ultrachat --tokens 4000" in page
+    assert "| convex |" in page and "--data ultrachat --width 16 --tokens 4000" in page
     # what another benchmark left in the folder stands on the page too, and what a person wrote
     assert page.startswith("# Results\n")
     (tmp_path / "results.md").write_text("# What we read in it\n\n" + page[page.index(MARK) :])

@@ -54,6 +54,7 @@ class _Announcer(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """Return the module's own spec, with a word to it when it is loaded; None for others."""
         if fullname not in _TELL:
             return None
         spec = PathFinder.find_spec(fullname, path, target)

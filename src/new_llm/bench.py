@@ -141,10 +141,11 @@ def run_bench(
         kept = None if out is None else out / f"{chosen}{mark}.json"
         if kept is not None and kept.exists() and chosen not in LONG:
             result = read_json(kept, "the result of a benchmark")
+            result.setdefault("command", _command(chosen, bench))
         else:
             torch.manual_seed(0)
-            rows = BENCHES[chosen](bench)
-            result = {"rows": rows, **about, "command": _command(chosen, bench)}
+            result = {"rows": BENCHES[chosen](bench), **about}
+            result["command"] = _command(chosen, bench)
             if kept is not None:
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 write_json(kept, result)
@@ -160,9 +161,15 @@ def run_bench(
 
 def _command(name: str, bench: Bench) -> str:
     """Return what makes a table again; folders by their names, since they lie elsewhere."""
-    given = [("checkpoint", bench.checkpoint), ("data", bench.data), ("tokens", bench.tokens)]
-    words = [f"--{key} {Path(value).name if isinstance(value, (str, Path)) else value}"
-             for key, value in given if value is not None]  # fmt: skip
+    words = []
+    for part in ("checkpoint", "data", "lengths", "batches", "width", "tokens", "device"):
+        value = getattr(bench, part)
+        if value == getattr(Bench(console=bench.console, device="cpu"), part):
+            continue
+        if part in ("checkpoint", "data"):
+            value = Path(value).name
+        words.append(f"--{part} " + (" ".join(map(str, value)) if isinstance(value, tuple)
+                                     else str(value)))  # fmt: skip
     if name in LONG:
         words.append("--out DIR")
     return " ".join(["new-llm bench", name, *words])
