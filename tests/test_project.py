@@ -21,7 +21,7 @@ ORDER = [
     "records", "plots", "report", "pipeline", "specimens", "runner", "trials",
     "laboratory", "experiments", "claims", "lab", "speed", "quality", "ablations", "tasks",
     "results", "bench",
-    "cli", "__main__",
+    "view", "terminal", "cli", "__main__",
 ]  # fmt: skip
 
 

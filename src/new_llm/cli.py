@@ -15,7 +15,7 @@ import tyro
 
 from .config import PRESETS, RunConfig, SampleConfig, preset
 from .console import Console, discard_output
-from .errors import CheckpointError, ConfigError, DataError, DiskFullError, NewLLMError
+from .errors import ConfigError, DiskFullError, NewLLMError
 
 Options = TypeVar("Options")
 
@@ -56,7 +56,7 @@ class GenerateOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions:
-    """Talk to a checkpoint in the terminal; /reset forgets, /save and /load FILE keep a context."""
+    """Talk to a checkpoint in the terminal; /help lists what can be done with its context."""
 
     checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CKPT")]
     """A run's folder or its checkpoint."""
@@ -252,38 +252,13 @@ def _generate(options: GenerateOptions) -> None:
 
 def _chat(options: ChatOptions) -> None:
     from .checkpoint import load_checkpoint
-    from .generate import Conversation
+    from .terminal import Chat
 
     if sys.stdin is None:
         raise ConfigError(
             "something to read expected on standard input, it is closed; use new-llm generate"
         )
-    conversation = Conversation(load_checkpoint(options.checkpoint), options.sample)
-    print("A conversation; /reset forgets it, /save FILE and /load FILE keep it, /quit ends.")
-    while True:
-        try:
-            text = input("you> ").strip()
-        except EOFError:
-            print()
-            return
-        command, _, argument = text.partition(" ")
-        try:
-            if command == "/quit":
-                return
-            if command == "/reset":
-                conversation.reset()
-            elif command in ("/save", "/load") and argument:
-                action = conversation.save if command == "/save" else conversation.load
-                action(Path(argument))
-            elif text.startswith("/"):
-                print("commands: /reset, /save FILE, /load FILE, /quit")
-            elif text:
-                print("bot> ", end="", flush=True)
-                for piece in conversation.reply(text):
-                    print(piece, end="", flush=True)
-                print()
-        except (CheckpointError, DataError, DiskFullError) as error:
-            print(error)
+    Chat(load_checkpoint(options.checkpoint), options.sample).run()
 
 
 def _evaluate(options: EvaluateOptions) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -64,7 +65,7 @@ class Console:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
-        self._rich = _Terminal(highlight=False, soft_wrap=True)
+        self._rich = _Terminal(highlight=False, soft_wrap=True, emoji=False)
         if not self._rich.is_terminal and "COLUMNS" not in os.environ:
             # a file or a pipe is as wide as a table needs
             self._rich.width = _FILE_COLUMNS
@@ -100,6 +101,15 @@ class Console:
         """Print a line of the result."""
         self._rich.print(text, markup=False)
 
+    def write(self, text: str) -> None:
+        """Print a piece of a line at once."""
+        self._rich.print(text, markup=False, end="")
+        self._rich.file.flush()
+
+    def aside(self, text: str) -> None:
+        """Print a line that is about the result, dimmed."""
+        self._rich.print(text, markup=False, style="dim")
+
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Print a table of the result."""
         table = Table(title=title, title_justify="left")
@@ -109,6 +119,15 @@ class Console:
         for row in rows:
             table.add_row(*(format_cell(value) for value in row))
         self._rich.print(table)
+
+
+def printable(text: str) -> str:
+    r"""Return text without what would move or colour a terminal.
+
+    >>> printable("a\x1b[31m\nb\x00")
+    'a\ufffd[31m\nb\ufffd'
+    """
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
 
 
 def format_cell(value: object) -> str:

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint, load_tensors, save_tensors
 from .config import SEEDS, SampleConfig
+from .dialogues import Messages
 from .errors import CheckpointError, DataError, NonFiniteError
 from .model import NewLLM
 from .stepper import Stepper
@@ -17,6 +19,8 @@ from .stepper import Stepper
 _PROMPT_CHUNK = 1024
 # a table of the vocabulary is made for texts of this share of it
 _TABLE_SHARE = 16
+# tokens of earlier turns that a conversation keeps to be looked at
+RECENT = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,12 +107,14 @@ def stream(
     config: SampleConfig,
     *,
     stop_ids: tuple[int, ...] = (),
+    on_token: Callable[[int], None] | None = None,
     on_reading: Callable[[Reading], None] | None = None,
 ) -> Iterator[int]:
     """Draw token after token of one text until a stop token or `max_new_tokens`.
 
-    A stop token is read into the context but not yielded. `on_reading` is handed every new reading,
-    the last of which is where the text can be continued.
+    A stop token is read into the context but not yielded. `on_token` is told of every token that
+    was read, and `on_reading` handed every new reading, the last of which is where the text can be
+    continued.
     """
     generator = torch.Generator().manual_seed(config.seed)
     seen = None
@@ -116,15 +122,17 @@ def stream(
         seen = torch.zeros_like(reading.logits, dtype=torch.bool)
     read_on = _reader(model, config.max_new_tokens)
     for _ in range(config.max_new_tokens):
-        token = sample(reading.logits.cpu(), config, generator, seen)
+        token = int(sample(reading.logits.cpu(), config, generator, seen))
         if seen is not None:
             seen[0, token] = True
-        reading = read_on(reading, int(token))
+        reading = read_on(reading, token)
+        if on_token is not None:
+            on_token(token)
         if on_reading is not None:
             on_reading(reading)
-        if int(token) in stop_ids:
+        if token in stop_ids:
             return
-        yield int(token)
+        yield token
 
 
 def _reader(model: NewLLM, num_tokens: int) -> Callable[[Reading, int], Reading]:
@@ -145,24 +153,125 @@ def _reader(model: NewLLM, num_tokens: int) -> Callable[[Reading, int], Reading]
     return read_again
 
 
+class Speech:
+    """Text that a model says after token ids; iterate it for pieces, then ask what came of it.
+
+    Args:
+        checkpoint: whose model speaks.
+        ids: read first, at least one.
+        config: how tokens are drawn.
+        context: where an earlier reading ended, `[1, K, C]`; None is the beginning of a text.
+        stop_ids: tokens that end it, read but not shown.
+        stop: strings that end it, not shown; the context has read the token that completes one.
+
+    Raises:
+        DataError: there is nothing to read.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        ids: list[int],
+        config: SampleConfig,
+        *,
+        context: Tensor | None = None,
+        stop_ids: tuple[int, ...] = (),
+        stop: tuple[str, ...] = (),
+    ) -> None:
+        if not ids:
+            raise DataError("some text to read expected, got none; give at least one character")
+        self.checkpoint = checkpoint
+        self.config = config
+        self.ids = list(ids)
+        """All that was read so far."""
+        self.num_prompt = len(ids)
+        self.num_drawn = 0
+        """Tokens drawn, a stop token included."""
+        self.finish: Literal["stop", "length"] | None = None
+        """Why it ended; None while it goes on."""
+        self.context = context
+        """After `ids`, `[1, K, C]`."""
+        self._stop_ids = stop_ids
+        self._shown = _Shown(checkpoint.tokenizer.stream_decoder(), stop)
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield a piece for each part of a long prompt, then for each token.
+
+        A piece may be empty: while the prompt is read, where a character needs more tokens, and
+        where a stop string may have begun. Whoever serves several texts can turn to the next one
+        after each.
+        """
+        model = self.checkpoint.model
+        prompt = torch.tensor([self.ids], device=model.embedding.weight.device)
+        *parts, last = prompt.split(_PROMPT_CHUNK, dim=1)
+        for part in parts:
+            self.context = read(model, part, self.context).context
+            yield ""
+        reading = read(model, last, self.context)
+        self.context = reading.context
+
+        def keep(found: Reading) -> None:
+            self.context = found.context
+
+        drawn = stream(model, reading, self.config, stop_ids=self._stop_ids, on_token=self._note,
+                       on_reading=keep)  # fmt: skip
+        for token in drawn:
+            piece = self._shown.add(token)
+            if self._shown.stopped:
+                self.finish = "stop"
+                yield piece
+                return
+            yield piece
+        self.finish = "stop" if self.ids[-1] in self._stop_ids else "length"
+        yield self._shown.rest()
+
+    def _note(self, token: int) -> None:
+        self.ids.append(token)
+        self.num_drawn += 1
+
+
+class _Shown:
+    """Tokens to pieces of text, nothing of a stop string among them."""
+
+    def __init__(self, decode: Callable[[int], str], stop: tuple[str, ...]) -> None:
+        self.stopped = False
+        self._decode, self._stop = decode, stop
+        self._held = ""
+
+    def add(self, token: int) -> str:
+        """Return what can be shown now."""
+        self._held += self._decode(token)
+        places = [place for text in self._stop if (place := self._held.find(text)) >= 0]
+        if places:
+            self.stopped = True
+            return self._held[: min(places)]
+        # the longest end that a stop string begins with waits for the next token
+        size = max(
+            (
+                n
+                for text in self._stop
+                for n in range(1, len(text))
+                if self._held.endswith(text[:n])
+            ),
+            default=0,
+        )
+        shown, self._held = self._held[: len(self._held) - size], self._held[-size:] * bool(size)
+        return shown
+
+    def rest(self) -> str:
+        """Return what waited for a stop string that did not come."""
+        return self._held
+
+
 def generate(checkpoint: Checkpoint, prompt: str, config: SampleConfig) -> str:
-    """Return the continuation of a prompt, without the prompt.
+    """Return the continuation of a prompt, without the prompt, up to the next role token.
 
     Raises:
         DataError: the prompt is empty.
     """
-    ids = checkpoint.tokenizer.encode(prompt)
-    if not ids:
-        raise DataError("--prompt needs some text, got none; give at least one character")
-    return continue_ids(checkpoint, ids, config)
-
-
-def continue_ids(checkpoint: Checkpoint, ids: list[int], config: SampleConfig) -> str:
-    """Return the text that follows token ids, up to the next role token."""
-    tokenizer, model = checkpoint.tokenizer, checkpoint.model
-    reading = read(model, torch.tensor([ids], device=model.embedding.weight.device))
+    tokenizer = checkpoint.tokenizer
     stops = (tokenizer.im_start_id, tokenizer.im_end_id)
-    return tokenizer.decode(list(stream(model, reading, config, stop_ids=stops)))
+    return "".join(Speech(checkpoint, tokenizer.encode(prompt), config, stop_ids=stops))
 
 
 class Conversation:
@@ -173,6 +282,12 @@ class Conversation:
         self.config = config
         self.context: Tensor | None = None
         self.num_turns = 0
+        self.last: Speech | None = None
+        """The latest answer."""
+        self.recent: list[int] = []
+        """Token ids that were read last, at most `RECENT` of earlier turns: for looking at."""
+        self.before: Tensor | None = None
+        """The context before `recent`, `[1, K, C]`; None is the beginning."""
 
     def reply(self, text: str) -> Iterator[str]:
         """Say `text` as the user; yield the assistant's answer piece by piece.
@@ -182,43 +297,67 @@ class Conversation:
         """
         if not text.strip():
             raise DataError("a message with some text expected, got an empty one")
+        return self.answer([{"role": "user", "content": text}])
+
+    def answer(
+        self, messages: Messages, *, config: SampleConfig | None = None, stop: tuple[str, ...] = ()
+    ) -> Iterator[str]:
+        """Read messages; yield the assistant's answer piece by piece, as `Speech` does.
+
+        The conversation moves on when the last piece was taken: what is not heard out was not said.
+
+        Args:
+            messages: `role` and `content` of each; none lets the assistant speak first.
+            config: how this answer is drawn; None as the others, with a seed of its own.
+            stop: strings that end the answer.
+
+        Raises:
+            DataError: a content is no UTF-8.
+        """
         tokenizer, model = self.checkpoint.tokenizer, self.checkpoint.model
-        ids = tokenizer.encode_prompt([{"role": "user", "content": text}])
-        device = model.embedding.weight.device
-        reading = read(model, torch.tensor([ids], device=device), self.context)
-        latest = [reading]
-        drawn_by = replace(self.config, seed=(self.config.seed + self.num_turns) % SEEDS)
-        drawn: list[int] = []
-        shown = ""
-        tokens = stream(
-            model,
-            reading,
-            drawn_by,
-            stop_ids=(tokenizer.im_end_id,),
-            on_reading=lambda found: latest.__setitem__(0, found),
-        )
-        for token in tokens:
-            drawn.append(token)
-            whole = tokenizer.decode(drawn)
-            # a character may need several tokens; half of one is not shown
-            if not whole.endswith("\ufffd"):
-                yield whole[len(shown) :]
-                shown = whole
-        closing = tokenizer.encode("\n")
-        ended = read(model, torch.tensor([closing], device=device), latest[0].context)
-        self.context = ended.context
-        self.num_turns += 1
+        if config is None:
+            config = replace(self.config, seed=(self.config.seed + self.num_turns) % SEEDS)
+        ids = tokenizer.encode_prompt(messages)
+        said = Speech(self.checkpoint, ids, config, context=self.context,
+                      stop_ids=(tokenizer.im_end_id,), stop=stop)  # fmt: skip
+
+        def told() -> Iterator[str]:
+            yield from said
+            ended = [tokenizer.im_end_id] if said.ids[-1] != tokenizer.im_end_id else []
+            closing = ended + tokenizer.encode("\n")
+            device = model.embedding.weight.device
+            after = read(model, torch.tensor([closing], device=device), said.context)
+            self._forget_oldest()
+            self.context, self.last = after.context, said
+            self.recent += said.ids + closing
+            self.num_turns += 1
+
+        return told()
+
+    def _forget_oldest(self) -> None:
+        """Keep no more than `RECENT` tokens to look at."""
+        oldest = self.recent[: max(len(self.recent) - RECENT, 0)]
+        if oldest:
+            model = self.checkpoint.model
+            ids = torch.tensor([oldest], device=model.embedding.weight.device)
+            self.before = read(model, ids, self.before).context
+            del self.recent[: len(oldest)]
 
     def fork(self) -> "Conversation":
         """Return a second conversation that goes on from here."""
         other = Conversation(self.checkpoint, self.config)
-        other.context = None if self.context is None else self.context.clone()
-        other.num_turns = self.num_turns
+        # a context is replaced, never changed in place
+        other.context, other.num_turns, other.last = self.context, self.num_turns, self.last
+        other.recent, other.before = [*self.recent], self.before
         return other
 
     def reset(self) -> None:
         """Forget everything."""
-        self.context, self.num_turns = None, 0
+        self._go_on_from(None)
+
+    def _go_on_from(self, context: Tensor | None) -> None:
+        self.context = self.before = context
+        self.num_turns, self.last, self.recent = 0, None, []
 
     def save(self, path: Path) -> None:
         """Write the context as safetensors.
@@ -246,4 +385,4 @@ class Conversation:
                 f"a context of shape {tuple(wanted.shape)} expected, {path} holds {given}; "
                 "load one that this model saved"
             )
-        self.context = context.to(wanted.device)
+        self._go_on_from(context.to(wanted.device))

@@ -55,8 +55,8 @@ class Swept:
 
     contexts: Tensor
     """`[B, T, C]`, detached."""
-    residual: Tensor
-    """Relative change of each position in its last sweep, `[B, T]`."""
+    history: Tensor
+    """Relative change of each position in each sweep, `[K, B, T]`."""
     curve: Tensor
     """10 %, 50 %, 90 % quantile and maximum over positions after each sweep, `[K, 4]`."""
     converged: bool
@@ -66,6 +66,11 @@ class Swept:
     def num_sweeps(self) -> int:
         """Applications of the cell to every position that had not come to rest."""
         return len(self.curve)
+
+    @property
+    def residual(self) -> Tensor:
+        """Relative change of each position in its last sweep, `[B, T]`."""
+        return self.history[-1]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -712,7 +717,7 @@ def sweep(
     )
     contexts = initial.new_zeros(*part.projected.shape[:2], cell.context_width)
     curve: list[Tensor] = []
-    residual = x.new_zeros(x.shape[1], len(x))
+    history: list[Tensor] = []
     while len(curve) < max_sweeps:
         updated = part.sweep(contexts, initial)
         residual = measure(updated, contexts, "residual")
@@ -722,6 +727,7 @@ def sweep(
                 f"{max_sweeps}; lower the learning rate or check the weights"
             )
         contexts = updated
+        history.append(residual.T)
         ordered = residual.flatten().sort().values
         last = len(ordered) - 1
         curve.append(torch.stack([ordered[round(share * last)] for share in (0.1, 0.5, 0.9, 1.0)]))
@@ -729,7 +735,7 @@ def sweep(
             break
     return Swept(
         contexts=contexts.transpose(0, 1),
-        residual=residual.T,
+        history=torch.stack(history),
         curve=torch.stack(curve).cpu(),
         converged=bool(curve[-1][-1] < tolerance),
     )

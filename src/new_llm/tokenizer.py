@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,6 +159,19 @@ class ChatTokenizer:
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids, role tokens as they are written."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def stream_decoder(self) -> Callable[[int], str]:
+        """Return what turns one id after another into text; half a character waits for the rest.
+
+        >>> tokenizer = ChatTokenizer.train(iter(["hello"]), 300)
+        >>> decode = tokenizer.stream_decoder()
+        >>> [decode(token) for token in tokenizer.encode("\u00e9")]
+        ['', 'é']
+        """
+        from tokenizers.decoders import DecodeStream
+
+        decoding = DecodeStream(skip_special_tokens=False)
+        return lambda token: decoding.step(self._tokenizer, token) or ""
 
     def decode_dialogue(self, ids: np.ndarray) -> Messages:
         """Return the messages of a dialogue that `encode_dialogues` made; the last may be cut."""
