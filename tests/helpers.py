@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from new_llm.checkpoint import save_checkpoint
 from new_llm.config import ModelConfig, RunConfig, preset
 from new_llm.data import TokenStore
 from new_llm.dialogues import Messages, ReadReport, read_dialogues
+from new_llm.model import NewLLM
+from new_llm.tokenizer import ChatTokenizer
 
 QUICK = (
     "--data.vocab-size 500 --data.sequence-length 32 --data.valid-fraction 0.2 "
@@ -39,6 +43,18 @@ def small_model(cell: str = "convex", **changes: Any) -> ModelConfig:
     widths = {"context_width": 16, "embedding_width": 16, "hidden_width": 24, "mlp_width": 16}
     layers = {} if cell == "convex" else {"num_layers": 2, "num_blocks": 1}
     return ModelConfig(**{"cell": cell, **widths, **layers, **changes})  # pyright: ignore
+
+
+def saved(folder: Path, **changes: Any) -> Path:
+    """Write a small checkpoint with weights that make its answers differ."""
+    contents = (message["content"] for messages in real_dialogues(8) for message in messages)
+    tokenizer = ChatTokenizer.train(contents, 400)
+    torch.manual_seed(0)
+    model = NewLLM(small_model(**changes), tokenizer.vocab_size)
+    with torch.no_grad():
+        model.embedding.weight.normal_(std=0.5)
+    save_checkpoint(folder, model.eval(), tokenizer)
+    return folder
 
 
 def small_run(path: Path, name: str = "convex", **phase2: Any) -> RunConfig:

@@ -12,26 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import real_dialogues, small_model
-from new_llm.checkpoint import TRAVELLING, load_checkpoint, save_checkpoint
+from helpers import real_dialogues, saved
+from new_llm.checkpoint import TRAVELLING, load_checkpoint
 from new_llm.config import to_dict
 from new_llm.model import NewLLM
-from new_llm.tokenizer import ChatTokenizer
 from test_project import SOURCE
 
 CELLS = {"convex": {}, "layerwise": {}, "token scope": {"scope": "token", "num_blocks": 1}}
-
-
-def saved(folder: Path, **changes: Any) -> Path:
-    """Write a small checkpoint with weights that make its answers differ."""
-    contents = (message["content"] for messages in real_dialogues(8) for message in messages)
-    tokenizer = ChatTokenizer.train(contents, 400)
-    torch.manual_seed(0)
-    model = NewLLM(small_model(**changes), tokenizer.vocab_size)
-    with torch.no_grad():
-        model.embedding.weight.normal_(std=0.5)
-    save_checkpoint(folder, model.eval(), tokenizer)
-    return folder
 
 
 @pytest.fixture(scope="module")

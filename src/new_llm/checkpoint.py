@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from .errors import CheckpointError, ConfigError
 from .files import atomic_folder, disk_error, read_json, recover_folder, sha256, write_json
 from .measurements import pair_ratios, upper_factor
 from .model import LanguageModel, NewLLM
+from .stepper import Steppers
 
 FORMAT_VERSION = 4
 WEIGHTS = "model.safetensors"
@@ -49,6 +50,8 @@ class Checkpoint:
     model: NewLLM
     tokenizer: ChatTokenizer
     config: dict[str, Any]
+    steppers: Steppers = field(default_factory=Steppers, repr=False, compare=False)
+    """What its texts share; the model must not change once it has spoken."""
 
 
 def weights_fingerprint(model: nn.Module) -> str:

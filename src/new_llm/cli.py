@@ -6,7 +6,7 @@ import difflib
 import io
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
@@ -63,6 +63,30 @@ class ChatOptions:
     sample: Annotated[SampleConfig, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=SampleConfig
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """Serve a checkpoint to clients of OpenAI's chat API; needs the extra `serve`."""
+
+    checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CKPT")]
+    """A run's folder or its checkpoint."""
+    host: str = "127.0.0.1"
+    """Address to listen at; whoever reaches it may talk, there are no passwords."""
+    port: int = 8000
+    """Port to listen at; 0 takes a free one."""
+    session_minutes: float = 30.0
+    """Minutes after which the context of an unused session is forgotten."""
+    max_sessions: int = 10_000
+    """Contexts that are kept; the one that was used longest ago gives way."""
+    max_new_tokens: int = 256
+    """Most tokens of an answer, where a request does not say."""
+    temperature: float = 0.8
+    """As `generate` has it, where a request does not say."""
+    top_k: int = 50
+    """As `generate` has it, where a request does not say."""
+    top_p: float = 0.95
+    """As `generate` has it, where a request does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +285,45 @@ def _chat(options: ChatOptions) -> None:
     Chat(load_checkpoint(options.checkpoint), options.sample).run()
 
 
+def _serve(options: ServeOptions) -> None:
+    sample = SampleConfig(
+        max_new_tokens=options.max_new_tokens, temperature=options.temperature,
+        top_k=options.top_k, top_p=options.top_p,
+    )  # fmt: skip
+    if options.session_minutes <= 0 or options.max_sessions < 1:
+        raise ConfigError(
+            "--session-minutes needs a positive number and --max-sessions at least 1, got "
+            f"{options.session_minutes:g} and {options.max_sessions}"
+        )
+    with _needs_extra("serve"):
+        from .serve import Endpoint, Sessions, serve
+    from .checkpoint import load_checkpoint
+
+    loaded = load_checkpoint(options.checkpoint)
+    sessions = Sessions(
+        checkpoint=loaded, config=sample, minutes=options.session_minutes,
+        most=options.max_sessions,
+    )  # fmt: skip
+    given = options.checkpoint.resolve()
+    endpoint = Endpoint(given.parent.name if given.name == "checkpoint" else given.name, sessions)
+    serve(endpoint, host=options.host, port=options.port, say=lambda line: print(line, flush=True))
+
+
+@contextlib.contextmanager
+def _needs_extra(name: str) -> Iterator[None]:
+    """Say which extra is missing where an import fails.
+
+    Raises:
+        ConfigError: a package of another project is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f'the package {error.name} expected, it is not installed; pip install "new-llm[{name}]"'
+        ) from None
+
+
 def _evaluate(options: EvaluateOptions) -> None:
     from .checkpoint import load_checkpoint
     from .data import temporary_store
@@ -404,6 +467,7 @@ COMMANDS = {
     "phase2": Command(RunOptions, _phase2, takes_preset=True, resumes=True),
     "generate": Command(GenerateOptions, _generate),
     "chat": Command(ChatOptions, _chat),
+    "serve": Command(ServeOptions, _serve),
     "evaluate": Command(EvaluateOptions, _evaluate),
     "doctor": Command(DoctorOptions, _doctor),
     "lab": Command(LabOptions, _lab),
@@ -420,6 +484,7 @@ Language models whose memory of a text is one vector that settles at a fixed poi
   phase1, cache, phase2  one stage of it, same options
   generate CKPT --prompt TEXT         continue a prompt
   chat CKPT                           a conversation in the terminal
+  serve CKPT                          an endpoint for clients of OpenAI's chat API
   evaluate CKPT --data PATH           loss, perplexity, bits per byte, accuracy
   doctor CKPT [--data PATH]           are the fixed points real? measurements and verdict
   lab NAME|all                        an experiment of the founding documents

@@ -13,12 +13,10 @@ from .config import SEEDS, SampleConfig
 from .dialogues import Messages
 from .errors import CheckpointError, DataError, NonFiniteError
 from .model import NewLLM
-from .stepper import Stepper
+from .stepper import Steppers
 
 # tokens of a prompt that are read at once: bounds memory at any length of the prompt
 _PROMPT_CHUNK = 1024
-# a table of the vocabulary is made for texts of this share of it
-_TABLE_SHARE = 16
 # tokens of earlier turns that a conversation keeps to be looked at
 RECENT = 1024
 
@@ -109,18 +107,19 @@ def stream(
     stop_ids: tuple[int, ...] = (),
     on_token: Callable[[int], None] | None = None,
     on_reading: Callable[[Reading], None] | None = None,
+    steppers: Steppers | None = None,
 ) -> Iterator[int]:
     """Draw token after token of one text until a stop token or `max_new_tokens`.
 
     A stop token is read into the context but not yielded. `on_token` is told of every token that
     was read, and `on_reading` handed every new reading, the last of which is where the text can be
-    continued.
+    continued. `steppers` keeps what one text prepares for the next.
     """
     generator = torch.Generator().manual_seed(config.seed)
     seen = None
     if config.repetition_penalty != 1.0:
         seen = torch.zeros_like(reading.logits, dtype=torch.bool)
-    read_on = _reader(model, config.max_new_tokens)
+    read_on = _reader(model, config.max_new_tokens, steppers or Steppers())
     for _ in range(config.max_new_tokens):
         token = int(sample(reading.logits.cpu(), config, generator, seen))
         if seen is not None:
@@ -135,11 +134,12 @@ def stream(
         yield token
 
 
-def _reader(model: NewLLM, num_tokens: int) -> Callable[[Reading, int], Reading]:
+def _reader(
+    model: NewLLM, num_tokens: int, steppers: Steppers
+) -> Callable[[Reading, int], Reading]:
     """Return what reads one more token of one text."""
     if model.config.scope == "sequence":
-        # a table of the vocabulary is worth its making only to a long text
-        step = Stepper(model, tabled=num_tokens >= model.vocab_size // _TABLE_SHARE)
+        step = steppers(model, num_tokens)
 
         def read_on(reading: Reading, token: int) -> Reading:
             context = reading.context.clone()
@@ -213,8 +213,15 @@ class Speech:
         def keep(found: Reading) -> None:
             self.context = found.context
 
-        drawn = stream(model, reading, self.config, stop_ids=self._stop_ids, on_token=self._note,
-                       on_reading=keep)  # fmt: skip
+        drawn = stream(
+            model,
+            reading,
+            self.config,
+            stop_ids=self._stop_ids,
+            on_token=self._note,
+            on_reading=keep,
+            steppers=self.checkpoint.steppers,
+        )
         for token in drawn:
             piece = self._shown.add(token)
             if self._shown.stopped:

@@ -15,6 +15,8 @@ from .model import GatedMLP, NewLLM
 
 # projected tokens that are computed at once, while the table is made
 _TABLE_ROWS = 8192
+# a table is made for this share of its rows, read one after another
+_TABLE_SHARE = 16
 
 Update = Callable[[Tensor, Tensor], Tensor]
 
@@ -85,6 +87,31 @@ class Stepper:
         for block, own in zip(self.blocks, context[0].unbind(), strict=True):
             h = block(h, projected, own)
         return torch.mv(self.readout, self.final_norm(h))
+
+
+class Steppers:
+    """Makes the `Stepper` of one model, and keeps it for the next text.
+
+    A table of the vocabulary is made once so many tokens were asked for that it pays.
+
+    >>> from new_llm.config import ModelConfig
+    >>> small = ModelConfig(context_width=8, embedding_width=8, hidden_width=8, mlp_width=8)
+    >>> model, steppers = NewLLM(small, 160).eval(), Steppers()
+    >>> steppers(model, 9).tables is None, steppers(model, 9).tables is None
+    (True, False)
+    """
+
+    def __init__(self) -> None:
+        self._kept: Stepper | None = None
+        self._asked = 0
+
+    def __call__(self, model: NewLLM, num_tokens: int) -> Stepper:
+        """Return what steps a model, for a text of so many tokens."""
+        self._asked += num_tokens
+        tabled = self._asked >= model.vocab_size // _TABLE_SHARE
+        if self._kept is None or (tabled and self._kept.tables is None):
+            self._kept = Stepper(model, tabled=tabled)
+        return self._kept
 
 
 class _BlockStep:
