@@ -61,6 +61,11 @@ class NewLLMConfig(PreTrainedConfig):
         return self.shape.num_blocks
 
     @property
+    def max_position_embeddings(self) -> int:
+        """For tools that must know a longest text; there is none, and there are no positions."""
+        return 1_000_000
+
+    @property
     def layer_types(self) -> list[str]:
         """What each block carries, in the words of the caches of transformers."""
         return ["linear_attention"] * self.num_hidden_layers

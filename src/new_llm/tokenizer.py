@@ -156,6 +156,21 @@ class ChatTokenizer:
         _require_utf8(text)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_marked(self, text: str) -> list[int]:
+        """Return the ids of a text in which role tokens are written as such.
+
+        >>> tokenizer = ChatTokenizer.train(iter(["hello hello"]), 300)
+        >>> ids = tokenizer.encode_marked("<|im_start|>user")
+        >>> ids[0] == tokenizer.im_start_id, ids[1:] == tokenizer.encode("user")
+        (True, True)
+        """
+        _require_utf8(text)
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        finally:
+            self._tokenizer.encode_special_tokens = True
+
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids, role tokens as they are written."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
