@@ -15,10 +15,10 @@ SOURCE = Path(__file__).parents[1] / "src" / "new_llm"
 ORDER = [
     "errors", "config", "configuration_new_llm", "console", "files", "dialogues", "tokenizer",
     "data", "cell", "counts", "fixed_point", "scan", "recurrence", "measurements", "doctor",
-    "model", "modeling_new_llm", "announce", "stepper", "checkpoint",
+    "model", "modeling_new_llm", "announce", "stepper", "card", "checkpoint",
     "evaluate", "phase1", "cache", "optimiser", "phase2", "generate", "baselines",
     "peers",
-    "records", "plots", "report", "pipeline", "specimens", "runner", "trials",
+    "records", "plots", "report", "tracking", "pipeline", "specimens", "runner", "trials",
     "laboratory", "experiments", "claims", "lab", "speed", "quality", "ablations", "tasks",
     "results", "bench",
     "view", "terminal", "serve", "harness", "cli", "__main__",

@@ -20,13 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .card import write_card
 from .cell import ContextCell, ConvexCell, Weights
 from .config import ModelConfig, SolverConfig, fingerprint, from_dict, to_dict
 from .data import ChatTokenizer
 from .errors import CheckpointError, ConfigError
 from .files import atomic_folder, disk_error, read_json, recover_folder, sha256, write_json
 from .measurements import pair_ratios, upper_factor
-from .model import LanguageModel, NewLLM
+from .model import LanguageModel, NewLLM, num_parameters
 from .stepper import Steppers
 
 FORMAT_VERSION = 4
@@ -79,6 +80,8 @@ def save_checkpoint(folder: Path, model: NewLLM, tokenizer: ChatTokenizer) -> No
         tokenizer.save(part)
         for name in TRAVELLING:
             shutil.copyfile(Path(__file__).with_name(f"{name}.py"), part / f"{name}.py")
+        rates = contraction(model)
+        write_card(part, contraction=rates, num_parameters=num_parameters(model))
         ends = {"eos_token_id": tokenizer.im_end_id, "pad_token_id": tokenizer.im_end_id}
         write_json(part / "generation_config.json", ends)
         write_json(
@@ -99,7 +102,7 @@ def save_checkpoint(folder: Path, model: NewLLM, tokenizer: ChatTokenizer) -> No
                 "solver": to_dict(model.solver),
                 "tokenizer": tokenizer.fingerprint,
                 "weights_sha256": sha256(part / WEIGHTS),
-                "contraction": contraction(model),
+                "contraction": rates,
             },
         )
 
@@ -257,9 +260,13 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         raise CheckpointError(f"{path / 'config.json'} is damaged: {error}") from None
     with torch.random.fork_rng(devices=[]):
         model = NewLLM(model_config, config["vocab_size"], solver)
-    load_weights(weights, model)
+    # what was saved is exact: to compute it again would round it otherwise on another machine
     model.eval()
-    if written is not None:
+    load_weights(weights, model)
+    if written is None:
+        # transformers saves it in training too
+        model.train().eval()
+    else:
         _check_contraction(path, contraction(model), config.get("contraction"))
     return Checkpoint(model=model, tokenizer=tokenizer, config=config)
 

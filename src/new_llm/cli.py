@@ -36,6 +36,9 @@ class RunOptions:
     """Folder of the run."""
     quiet: bool = False
     """Show results only, no progress."""
+    track: str = "auto"
+    """Who else is handed the run's numbers: tensorboard, wandb, trackio, mlflow, ..., commas join
+    several; auto is TensorBoard where it is installed; none."""
     config: Annotated[RunConfig, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=RunConfig
     )
@@ -195,9 +198,23 @@ class ReportOptions:
 
 def _run(options: RunOptions) -> None:
     from .pipeline import run
+    from .tracking import chosen_trackers
 
     console = Console(quiet=options.quiet)
-    show_result(run(options.config, options.out, console=console), options.out, console)
+    trackers = chosen_trackers(options.track)
+    result = run(options.config, options.out, console=console, trackers=trackers)
+    show_result(result, options.out, console)
+
+
+@contextlib.contextmanager
+def _stages(options: RunOptions) -> Iterator[Any]:
+    """Yield the run whose stages are asked for."""
+    from .pipeline import tracked
+    from .tracking import chosen_trackers
+
+    console, trackers = Console(quiet=options.quiet), chosen_trackers(options.track)
+    with tracked(options.config, options.out, console, trackers) as job:
+        yield job
 
 
 def show_result(result: dict[str, Any], out: Path, console: Console) -> None:
@@ -246,24 +263,20 @@ def show_convergence(convergence: dict[str, Any], console: Console) -> None:
 
 
 def _phase1(options: RunOptions) -> None:
-    from .pipeline import Run
-
-    console = Console(quiet=options.quiet)
-    found = Run(options.config, options.out, console).phase1()
-    show_convergence(found["convergence"], console)
-    console.show(f"verdict after Phase 1: {found['verdict']['token']['verdict']}")
+    with _stages(options) as job:
+        found = job.phase1()
+    show_convergence(found["convergence"], job.console)
+    job.console.show(f"verdict after Phase 1: {found['verdict']['token']['verdict']}")
 
 
 def _cache(options: RunOptions) -> None:
-    from .pipeline import Run
-
-    Run(options.config, options.out, Console(quiet=options.quiet)).cache()
+    with _stages(options) as job:
+        job.cache()
 
 
 def _phase2(options: RunOptions) -> None:
-    from .pipeline import Run
-
-    Run(options.config, options.out, Console(quiet=options.quiet)).phase2()
+    with _stages(options) as job:
+        job.phase2()
 
 
 def _generate(options: GenerateOptions) -> None:

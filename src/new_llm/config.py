@@ -6,7 +6,7 @@ The only place where a default stands. Imports no torch, so that the command lin
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -425,6 +425,19 @@ def fingerprint(value: Any) -> str:
     """Return 16 hex digits of SHA-256 over the canonical JSON of `value`."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested dicts by their dotted names; what is no number is text.
+
+    >>> dict(flat({"a": {"b": 1, "c": None}, "d": 0.5}))
+    {'a.b': 1, 'a.c': 'None', 'd': 0.5}
+    """
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value if isinstance(value, bool | int | float) else str(value)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

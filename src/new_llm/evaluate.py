@@ -377,11 +377,14 @@ def memory_gain(model: NewLLM, ids: Tensor, starts: Tensor, real: Tensor) -> tup
     # tokens of context a position has, its own among them; a dialogue's start loses nothing
     age = (positions % _AGES + 1).expand_as(starts)[:, :-1][follows]
     edges = [1, 2, 4, 8, 16, 32, 64, 128, _AGES]
-    for low, high in itertools.pairwise(edges):
+    length = float(_AGES)
+    # few tokens are young: chance may hide what they lost, but not what older ones still lose
+    for low, high in reversed([*itertools.pairwise(edges)]):
         chosen = lost[(age >= low) & (age < high)]
-        if len(chosen) and chosen.mean() < THRESHOLDS.amnesia_nats:
-            return gain, float(low)
-    return gain, float(_AGES)
+        if len(chosen) and not chosen.mean() < THRESHOLDS.amnesia_nats:
+            break
+        length = float(low)
+    return gain, length
 
 
 @torch.no_grad()

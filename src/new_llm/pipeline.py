@@ -10,7 +10,7 @@ command goes on where the last one stopped.
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from . import cache, phase1, phase2
+from .card import write_card
 from .checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -27,7 +28,7 @@ from .checkpoint import (
     save_checkpoint,
     weights_fingerprint,
 )
-from .config import SEEDS, ModelConfig, RunConfig
+from .config import SEEDS, ModelConfig, RunConfig, to_dict
 from .console import Console
 from .counts import KneserNey
 from .data import Prepared, held_out_ids, prepare
@@ -45,6 +46,7 @@ from .generate import Conversation
 from .model import NewLLM, num_parameters
 from .records import open_folder, read_history
 from .report import write_report
+from .tracking import Tracking
 
 # dialogues whose convergence is shown one by one
 _SHOWN_DIALOGUES = 10
@@ -76,9 +78,12 @@ def choose_device(name: str) -> torch.device:
 class Run:
     """One run in its folder; each method is a stage that is done at most once."""
 
-    def __init__(self, config: RunConfig, out: Path, console: Console) -> None:
+    def __init__(
+        self, config: RunConfig, out: Path, console: Console, tracking: Tracking | None = None
+    ) -> None:
         self.config = config
         self.console = console
+        self.tracking = tracking
         self.device = choose_device(config.device)
         self.folder = open_folder(out, config)
         self._prepared: Prepared | None = None
@@ -102,6 +107,8 @@ class Run:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise disk_error(error, self.folder.history) from error
+        if self.tracking is not None:
+            self.tracking.log(row)
 
     def _truncate_history(self, keep: Callable[[dict[str, Any]], bool]) -> None:
         """Drop rows of work that will be done again."""
@@ -391,21 +398,54 @@ class Run:
             "convergence": stages["phase1"]["convergence"],
             "samples": stages["evaluate"]["samples"],
         }
+        final = load_checkpoint(self.folder.checkpoint)
+        write_card(
+            self.folder.checkpoint,
+            contraction=final.config["contraction"],
+            num_parameters=num_parameters(final.model),
+            run=self.config,
+            result=result,
+            prepared=stages["prepare"],
+        )
         write_report([self.folder.path], self.folder.report, result=result)
         write_json(self.folder.result, result)
         return result
 
 
-def run(config: RunConfig, out: Path, *, console: Console | None = None) -> dict[str, Any]:
+def run(
+    config: RunConfig,
+    out: Path,
+    *,
+    console: Console | None = None,
+    trackers: Sequence[str] = (),
+) -> dict[str, Any]:
     """Do the whole job and return what `result.json` holds; resumes an unfinished folder.
+
+    Args:
+        config: of the run.
+        out: its folder.
+        console: for progress; None shows none.
+        trackers: names of `tracking.TRACKERS` that are handed the run's numbers too.
 
     Raises:
         NewLLMError: a user's mistake, or a run that had to stop itself.
     """
-    job = Run(config, out, console or Console(quiet=True))
-    if job.folder.result.exists():
-        result = read_json(job.folder.result, "a run's result")
-        if not job.folder.report.exists():
-            write_report([out], job.folder.report)
-        return result
-    return job.finish()
+    with tracked(config, out, console or Console(quiet=True), trackers) as job:
+        if job.folder.result.exists():
+            result = read_json(job.folder.result, "a run's result")
+            if not job.folder.report.exists():
+                write_report([out], job.folder.report)
+            return result
+        return job.finish()
+
+
+@contextmanager
+def tracked(
+    config: RunConfig, out: Path, console: Console, trackers: Sequence[str] = ()
+) -> Iterator[Run]:
+    """Yield a run whose numbers trackers are handed; a finished one has nothing to hand over."""
+    job = Run(config, out, console)
+    left = () if job.folder.result.exists() else trackers
+    with Tracking(left, job.folder.tracking, to_dict(config)) as tracking:
+        job.tracking = tracking
+        yield job

@@ -62,6 +62,11 @@ class RunFolder:
         return self.path / "history.jsonl"
 
     @property
+    def tracking(self) -> Path:
+        """What trackers write that write files."""
+        return self.path / "tracking"
+
+    @property
     def result(self) -> Path:
         """The result; its presence means that the run is finished."""
         return self.path / "result.json"

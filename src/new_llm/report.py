@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from .config import flat
 from .errors import CheckpointError
 from .files import write_text
 from .plots import COLOURS, plots
@@ -257,15 +258,9 @@ def _samples(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
 
 def _differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[Cell]]]:
     """Return the settings that are not the same in all runs."""
-    columns = [dict(_settings(run.record["config"])) for run in runs]
+    columns = [
+        {name: (str(value), "") for name, value in flat(run.record["config"])} for run in runs
+    ]
     return [
         (name, cells) for name, cells in _side_by_side(columns) if any(c != cells[0] for c in cells)
     ]
-
-
-def _settings(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Cell]]:
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from _settings(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, (str(value), "")
