@@ -2,9 +2,12 @@
 
 import ast
 import json
+import os
+import shutil
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,11 @@ import torch
 from torch import Tensor
 
 from helpers import real_dialogues, saved
+from hub import hub
+from new_llm import cli
 from new_llm.checkpoint import TRAVELLING, load_checkpoint
 from new_llm.config import to_dict
+from new_llm.export import Step
 from new_llm.model import NewLLM
 from test_project import SOURCE
 
@@ -210,8 +216,6 @@ def test_what_travels_is_closed_and_stands_on_little() -> None:
 
 
 def run_alone(code: str, **environment: str) -> str:
-    import os
-
     found = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         capture_output=True, text=True, env=os.environ | environment, check=False,
@@ -261,6 +265,124 @@ def test_transformers_learns_of_us_whichever_is_imported_first(first: str, folde
         print(type(AutoModelForCausalLM.from_pretrained({str(folder)!r})).__module__)
     """
     assert run_alone(code).splitlines()[-1] == "new_llm.modeling_new_llm"
+
+
+def test_what_is_pushed_to_a_hub_loads_without_the_package(folder: Path, tmp_path: Path) -> None:
+    ids = torch.tensor([[3, 1, 4, 1]])
+    model, _ = loaded(folder)
+    expected = model(ids).logits[0, -1]
+    with hub() as served:
+        home = {"HF_ENDPOINT": served.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+                "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_mine"}  # fmt: skip
+        run_alone(f"""
+            import new_llm
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+            AutoModelForCausalLM.from_pretrained({str(folder)!r}).push_to_hub("me/pushed")
+            AutoTokenizer.from_pretrained({str(folder)!r}).push_to_hub("me/pushed")
+        """, **home)  # fmt: skip
+        command = [str(Path(sys.executable).with_name("hf")), "upload", "me/uploaded", str(folder)]
+        subprocess.run(command, env=os.environ | home, check=True, capture_output=True)
+        # the card and the code travel with the weights
+        uploaded = served.repositories["me/uploaded"]
+        assert uploaded["README.md"] == (folder / "README.md").read_bytes()
+        assert served.tokens == {"Bearer hf_mine"}
+        for name in ("me/pushed", "me/uploaded"):
+            printed = run_alone(f"""
+                import json, sys
+                sys.modules["new_llm"] = None
+                import torch
+                from transformers import AutoModelForCausalLM, AutoTokenizer
+                model = AutoModelForCausalLM.from_pretrained({name!r}, trust_remote_code=True)
+                tokenizer = AutoTokenizer.from_pretrained({name!r}, trust_remote_code=True)
+                assert tokenizer.chat_template and tokenizer("hello").input_ids
+                print(json.dumps(model(torch.tensor({ids.tolist()})).logits[0, -1].tolist()))
+            """, **home)  # fmt: skip
+            found = torch.tensor(json.loads(printed.splitlines()[-1]))
+            assert torch.allclose(found, expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_it_runs_in_bfloat16_where_a_device_map_says(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = loaded(folder)
+    low: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cpu")
+    assert low.dtype == torch.bfloat16 and low.device.type == "cpu"
+    ids = tokenizer("hello, how are you", return_tensors="pt").input_ids
+    exact, found = model(ids).logits, low(ids).logits
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - exact).norm() / exact.norm() < 0.05
+    assert low.generate(ids, max_new_tokens=4).shape[1] > ids.shape[1]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's compiler, about itself
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of torch.compile needs g++")
+@torch.no_grad()
+def test_a_compiled_model_says_the_same(folder: Path) -> None:
+    model, _ = loaded(folder)
+    ids = torch.randint(400, (2, 7))
+    expected = model(ids, use_cache=False).logits
+    compiled: Any = torch.compile(model)
+    assert torch.allclose(compiled(ids, use_cache=False).logits, expected, atol=1e-4)
+    step = torch.compile(Step(model.model.network), fullgraph=True)
+    context = model.model.network.initial_context(2)
+    for place in range(ids.shape[1]):
+        logits, context = step(ids[:, place], context)
+        assert torch.allclose(logits, expected[:, place], atol=1e-4)
+
+
+@torch.no_grad()
+def test_one_step_is_exported_as_one_graph(folder: Path, tmp_path: Path) -> None:
+    network = loaded(folder)[0].model.network
+    step, context = Step(network), network.initial_context(3)
+    batch = torch.export.Dim("batch", min=1)
+    shapes = {"token": {0: batch}, "context": {0: batch}}
+    program = torch.export.export(step, (torch.tensor([3, 4, 5]), context), dynamic_shapes=shapes)
+    torch.export.save(program, tmp_path / "step.pt2")
+    again = torch.export.load(tmp_path / "step.pt2").module()
+    for batch_size in (1, 2, 5):
+        token, context = torch.randint(400, (batch_size,)), torch.randn(batch_size, 2, 16)
+        for one, other in zip(step(token, context), again(token, context), strict=True):
+            assert torch.allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize("cell", ["convex", "layerwise"])
+def test_a_step_as_onnx_says_the_same(
+    cell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import numpy as np
+    import onnxruntime
+
+    path = saved(tmp_path / "c", cell=cell)
+    out = tmp_path / "onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch's exporter, about itself
+        assert cli.main(["export", str(path), "--out", str(out)]) == 0
+    assert "largest relative difference of onnxruntime" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(str(out / "step.onnx"))
+    about, ours = json.loads((out / "step.json").read_text()), load_checkpoint(path)
+    assert about["largest_relative_difference"] <= 1e-4
+    ids = ours.tokenizer.encode("hello, how are you")
+    context = np.zeros([1, *about["inputs"]["context"][1:]], dtype=np.float32)
+    with torch.no_grad():
+        expected = logits(ours.model, torch.tensor([ids]))[0]
+    for token, wanted in zip(ids, expected, strict=True):
+        given = {"token": np.array([token]), "context": context}
+        found, context = map(np.asarray, session.run(None, given))
+        assert np.allclose(found[0], wanted.numpy(), atol=1e-4)
+    # a folder that holds something is left alone
+    assert cli.main(["export", str(path), "--out", str(out)]) == 2
+    assert "a new or empty folder expected" in capsys.readouterr().err
+
+
+def test_token_scope_has_no_step_to_export(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = saved(tmp_path / "c", scope="token", num_blocks=1)
+    assert cli.main(["export", str(path), "--out", str(tmp_path / "onnx")]) == 2
+    assert "sequence scope expected" in capsys.readouterr().err
+    assert not (tmp_path / "onnx").exists()
 
 
 @pytest.mark.slow

@@ -34,14 +34,17 @@ def _tell_configs(module: Any) -> None:
     from .configuration_new_llm import NewLLMConfig
 
     module.AutoConfig.register(NewLLMConfig.model_type, NewLLMConfig, exist_ok=True)
+    NewLLMConfig.register_for_auto_class()
 
 
 def _tell_models(module: Any) -> None:
     from .configuration_new_llm import NewLLMConfig
     from .modeling_new_llm import NewLLMForCausalLM, NewLLMModel
 
-    module.AutoModel.register(NewLLMConfig, NewLLMModel, exist_ok=True)
-    module.AutoModelForCausalLM.register(NewLLMConfig, NewLLMForCausalLM, exist_ok=True)
+    for auto, model in (("AutoModel", NewLLMModel), ("AutoModelForCausalLM", NewLLMForCausalLM)):
+        getattr(module, auto).register(NewLLMConfig, model, exist_ok=True)
+        # what transformers saves loads without this package too: the code travels with it
+        model.register_for_auto_class(auto)
 
 
 _TELL: dict[str, Callable[[Any], None]] = {_CONFIGS: _tell_configs, _MODELS: _tell_models}

@@ -93,6 +93,16 @@ class ServeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Write one step as ONNX, compared with this model in onnxruntime; needs the extra `onnx`."""
+
+    checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CKPT")]
+    """A run's folder or its checkpoint."""
+    out: Path
+    """New folder for step.onnx, tokenizer and step.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
     """Loss, perplexity, bits per byte and accuracy on dialogues."""
 
@@ -322,6 +332,18 @@ def _serve(options: ServeOptions) -> None:
     serve(endpoint, host=options.host, port=options.port, say=lambda line: print(line, flush=True))
 
 
+def _export(options: ExportOptions) -> None:
+    with _needs_extra("onnx"):
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    from .checkpoint import load_checkpoint
+    from .export import export_onnx
+
+    about = export_onnx(load_checkpoint(options.checkpoint), options.out)
+    print(f"largest relative difference of onnxruntime: {about['largest_relative_difference']:.2g}")
+    print(options.out / "step.onnx")
+
+
 @contextlib.contextmanager
 def _needs_extra(name: str) -> Iterator[None]:
     """Say which extra is missing where an import fails.
@@ -481,6 +503,7 @@ COMMANDS = {
     "generate": Command(GenerateOptions, _generate),
     "chat": Command(ChatOptions, _chat),
     "serve": Command(ServeOptions, _serve),
+    "export": Command(ExportOptions, _export),
     "evaluate": Command(EvaluateOptions, _evaluate),
     "doctor": Command(DoctorOptions, _doctor),
     "lab": Command(LabOptions, _lab),
@@ -498,6 +521,7 @@ Language models whose memory of a text is one vector that settles at a fixed poi
   generate CKPT --prompt TEXT         continue a prompt
   chat CKPT                           a conversation in the terminal
   serve CKPT                          an endpoint for clients of OpenAI's chat API
+  export CKPT --out DIR               one step as ONNX, compared with onnxruntime
   evaluate CKPT --data PATH           loss, perplexity, bits per byte, accuracy
   doctor CKPT [--data PATH]           are the fixed points real? measurements and verdict
   lab NAME|all                        an experiment of the founding documents

@@ -47,8 +47,8 @@ class HarnessLM(TemplateLM):
         super().__init__()
         self.checkpoint = load_checkpoint(pretrained)
         absent = device is None or (device.startswith("cuda") and not torch.cuda.is_available())
-        self._device = torch.device("cpu" if device is None or absent else device)
-        self.model = self.checkpoint.model.to(self._device)
+        self._place = torch.device("cpu" if device is None or absent else device)
+        self.model = self.checkpoint.model.to(self._place)
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 16
         self.pretrained = pretrained
 
@@ -102,16 +102,16 @@ class HarnessLM(TemplateLM):
     def _scored(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """Return log-likelihood and whether each token was the likeliest, of the second parts."""
         texts = [torch.tensor(before + after) for before, after in pairs]
-        whole = pad_sequence(texts, batch_first=True).to(self._device)
+        whole = pad_sequence(texts, batch_first=True).to(self._place)
         ids, targets = whole[:, :-1], whole[:, 1:]
-        ends = torch.tensor([len(text) for text in texts], device=self._device)
-        begins = torch.tensor([len(before) for before, _ in pairs], device=self._device)
-        place = torch.arange(1, whole.shape[1], device=self._device)
+        ends = torch.tensor([len(text) for text in texts], device=self._place)
+        begins = torch.tensor([len(before) for before, _ in pairs], device=self._place)
+        place = torch.arange(1, whole.shape[1], device=self._place)
         # position of a target in its text
         scored = (place >= begins[:, None]) & (place < ends[:, None])
         real = place <= ends[:, None]
-        nats = torch.zeros(len(pairs), dtype=torch.float64, device=self._device)
-        missed = torch.zeros(len(pairs), device=self._device)
+        nats = torch.zeros(len(pairs), dtype=torch.float64, device=self._place)
+        missed = torch.zeros(len(pairs), device=self._place)
         context: Tensor | None = None
         for start in range(0, ids.shape[1], _SEGMENT):
             cut = slice(start, start + _SEGMENT)
@@ -121,7 +121,7 @@ class HarnessLM(TemplateLM):
             if len(rows):
                 found = token_losses(
                     output.features[rows, columns], self.model.readout.weight,
-                    targets[:, cut][rows, columns], torch.ones(len(rows), device=self._device),
+                    targets[:, cut][rows, columns], torch.ones(len(rows), device=self._place),
                     chunk=_LOSS_CHUNK,
                 )  # fmt: skip
                 nats.index_add_(0, rows, found.nats.double())
