@@ -1,7 +1,10 @@
 """A hostile room: one thread, fixed seed, uninitialised memory is NaN, no hub."""
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -10,6 +13,9 @@ import torch
 
 from helpers import QUICK, write_dialogues
 from new_llm import cli
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 torch.set_num_threads(1)
 torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore
@@ -41,3 +47,17 @@ def finished(chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "a"
     assert cli.main(["run", "--data", str(chats), "--out", str(out), *QUICK]) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def browser() -> "Iterator[Browser]":
+    """A real browser; the tests that need it are skipped where there is none."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        if os.environ.get("NEW_LLM_BROWSER"):
+            pytest.fail("NEW_LLM_BROWSER asks for the tests in a browser, but there is no chromium")
+        pytest.skip("no chromium")
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])

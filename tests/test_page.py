@@ -1,8 +1,5 @@
 """The report in a real browser: every figure drawn, nothing asked for, legible everywhere."""
 
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,19 +40,6 @@ LEAST_CONTRAST = """() => {
   }
   return worst;
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> "Iterator[Browser]":
-    from playwright.sync_api import sync_playwright
-
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        if os.environ.get("NEW_LLM_BROWSER"):
-            pytest.fail("NEW_LLM_BROWSER asks for the tests in a browser, but there is no chromium")
-        pytest.skip("no chromium")
-    with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ ORDER = [
     "records", "plots", "report", "tracking", "pipeline", "specimens", "runner", "trials",
     "laboratory", "experiments", "claims", "lab", "speed", "quality", "ablations", "tasks",
     "results", "bench",
-    "view", "terminal", "serve", "harness", "export", "cli", "__main__",
+    "view", "terminal", "address", "serve", "harness", "export", "ui", "cli", "__main__",
 ]  # fmt: skip
 
 

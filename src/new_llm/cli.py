@@ -6,6 +6,7 @@ import difflib
 import io
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,21 @@ class ServeOptions:
     """As `generate` has it, where a request does not say."""
     top_p: float = 0.95
     """As `generate` has it, where a request does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UiOptions:
+    """Open a page to talk at, and to watch the context while it talks; needs the extra `ui`."""
+
+    checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CKPT")]
+    """A run's folder or its checkpoint."""
+    host: str = "127.0.0.1"
+    """Address to listen at; whoever reaches it may talk, there are no passwords."""
+    port: int | None = None
+    """Port to listen at; none takes the first free one from 7860 on."""
+    sample: Annotated[SampleConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=SampleConfig
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,9 +343,33 @@ def _serve(options: ServeOptions) -> None:
         checkpoint=loaded, config=sample, minutes=options.session_minutes,
         most=options.max_sessions,
     )  # fmt: skip
-    given = options.checkpoint.resolve()
-    endpoint = Endpoint(given.parent.name if given.name == "checkpoint" else given.name, sessions)
+    endpoint = Endpoint(_called(options.checkpoint), sessions)
     serve(endpoint, host=options.host, port=options.port, say=lambda line: print(line, flush=True))
+
+
+def _ui(options: UiOptions) -> None:
+    with _needs_extra("ui"):
+        from .ui import Page
+    from .address import listening
+    from .checkpoint import load_checkpoint
+
+    loaded = load_checkpoint(options.checkpoint)
+    page = Page(loaded, options.sample, _called(options.checkpoint))
+    # where a port is taken, Gradio would try others
+    listening(options.host, options.port or 0).close()
+    blocks, url = page.launch(host=options.host, port=options.port)
+    print(f"{page.name} at {url} (Ctrl-C ends it)", flush=True)
+    try:
+        while True:
+            time.sleep(3600)
+    finally:
+        blocks.close(verbose=False)
+
+
+def _called(checkpoint: Path) -> str:
+    """Return what a checkpoint is called: its run."""
+    given = checkpoint.resolve()
+    return given.parent.name if given.name == "checkpoint" else given.name
 
 
 def _export(options: ExportOptions) -> None:
@@ -503,6 +543,7 @@ COMMANDS = {
     "generate": Command(GenerateOptions, _generate),
     "chat": Command(ChatOptions, _chat),
     "serve": Command(ServeOptions, _serve),
+    "ui": Command(UiOptions, _ui),
     "export": Command(ExportOptions, _export),
     "evaluate": Command(EvaluateOptions, _evaluate),
     "doctor": Command(DoctorOptions, _doctor),
@@ -521,6 +562,7 @@ Language models whose memory of a text is one vector that settles at a fixed poi
   generate CKPT --prompt TEXT         continue a prompt
   chat CKPT                           a conversation in the terminal
   serve CKPT                          an endpoint for clients of OpenAI's chat API
+  ui CKPT                             a page to talk at, and to watch the context
   export CKPT --out DIR               one step as ONNX, compared with onnxruntime
   evaluate CKPT --data PATH           loss, perplexity, bits per byte, accuracy
   doctor CKPT [--data PATH]           are the fixed points real? measurements and verdict

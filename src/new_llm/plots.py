@@ -60,7 +60,7 @@ def plots(runs: Sequence[RunRecord]) -> list[Plot]:
 
 
 def _overlaid(runs: Sequence[RunRecord], drawing: _Drawing) -> str | None:
-    with _axes(drawing.title.replace(" ", "")) as (axes, svg):
+    with inline_axes(drawing.title.replace(" ", "")) as (axes, svg):
         drew = [
             drawing.draw(axes, run, (place, len(runs)), COLOURS[place % len(COLOURS)])
             for place, run in enumerate(runs)
@@ -77,8 +77,8 @@ def _overlaid(runs: Sequence[RunRecord], drawing: _Drawing) -> str | None:
 
 
 @contextmanager
-def _axes(prefix: str) -> Iterator[tuple[Any, Callable[[], str]]]:
-    """Yield empty axes and what turns them into a part of the page; `prefix` is theirs alone."""
+def inline_axes(prefix: str) -> Iterator[tuple[Any, Callable[[], str]]]:
+    """Yield empty axes, and what turns them into a part of a page; `prefix` is theirs alone."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -237,7 +237,7 @@ def _panels(runs: Sequence[RunRecord]) -> Iterator[Plot]:
                 ("Map of contexts", _MAP_CAPTION, _draw_map),
                 ("Cosines", _COSINES_CAPTION, _draw_cosines),
             ):
-                with _axes(f"{kind.split()[0]}{index}-{k}") as (axes, svg):
+                with inline_axes(f"{kind.split()[0]}{index}-{k}") as (axes, svg):
                     draw(axes, portrait)
                     title = f"{kind}: {name}" if name else kind
                     yield Plot(title=title, caption=caption, svg=svg())

@@ -8,7 +8,6 @@ of a talk by its id, so that only what is new has to be sent and read.
 import asyncio
 import json
 import secrets
-import socket
 import threading
 import time
 import uuid
@@ -25,6 +24,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from .address import listening
 from .checkpoint import Checkpoint
 from .config import SEEDS, SampleConfig
 from .errors import ConfigError, NewLLMError
@@ -649,17 +649,8 @@ def serve(endpoint: Endpoint, *, host: str, port: int, say: Callable[[str], None
     Raises:
         ConfigError: there is no such address here, or it is taken.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind((host, port))
-        except (OSError, OverflowError) as error:
-            raise ConfigError(
-                f"a free address expected, {host} port {port} cannot be used ({error}); "
-                "choose another --port or --host"
-            ) from None
-        place = f"[{host}]" if family == socket.AF_INET6 else host
-        say(f"{endpoint.name} at http://{place}:{listening.getsockname()[1]}/v1 (Ctrl-C ends it)")
+    with listening(host, port) as bound:
+        place = f"[{host}]" if ":" in host else host
+        say(f"{endpoint.name} at http://{place}:{bound.getsockname()[1]}/v1 (Ctrl-C ends it)")
         config = uvicorn.Config(endpoint.app, log_level="warning", timeout_graceful_shutdown=5)
-        uvicorn.Server(config).run(sockets=[listening])
+        uvicorn.Server(config).run(sockets=[bound])
