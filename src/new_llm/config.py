@@ -13,6 +13,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from .errors import ConfigError
 
 CellName = Literal["sequential", "layerwise", "convex"]
+# entry points of installed packages, name to a class or function that takes a `ModelConfig`
+CELL_GROUP = "new_llm.cells"
 MetricName = Literal["residual", "mse", "l2"]
 T = TypeVar("T")
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false",
@@ -40,7 +42,8 @@ def _check_choices(owner: Any) -> None:
             continue
         if dataclasses.is_dataclass(hint):
             continue
-        kinds = get_args(hint) or (hint,)
+        # beside a `Literal` any text may stand: the field's own rule says which
+        kinds = tuple(k for k in get_args(hint) or (hint,) if get_origin(k) is not Literal)
         # a whole number may stand for a number, but a truth value for neither
         wider = (*kinds, int) if float in kinds else kinds
         fits = isinstance(value, wider) and (bool in kinds or not isinstance(value, bool))
@@ -49,12 +52,29 @@ def _check_choices(owner: Any) -> None:
             _require(owner, name, abs(value) < float("inf"), "a finite number")
 
 
+def _check_cell(name: str) -> None:
+    """Check that a cell is ours or registered; its code is imported when a model is built."""
+    ours = get_args(CellName)
+    if name in ours:
+        return
+    # costs as much time as all of this module, and only cells of others need it
+    from importlib.metadata import entry_points
+
+    registered = entry_points(group=CELL_GROUP).names
+    if name not in registered:
+        known = ", ".join([*ours, *sorted(registered - {*ours})])
+        raise ConfigError(
+            f"model.cell must be one of {known}, got {name!r}; change that option, or install the "
+            f"package that registers it as an entry point of {CELL_GROUP}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Shape of the model. `vocab_size` is not here: the tokenizer decides it."""
 
-    cell: CellName = "convex"
-    """Which gated network updates the context."""
+    cell: CellName | str = "convex"
+    """Which gated network updates the context: ours, or one that a package registers."""
     scope: Literal["token", "sequence"] = "sequence"
     """Contexts from zero for every token (the seeds), or carried through the text."""
     num_blocks: int = 2
@@ -90,6 +110,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
+        _check_cell(self.cell)
         for name in ("num_blocks", "num_layers"):
             _require(self, name, 1 <= getattr(self, name) <= 64, "in [1, 64]")
         for name in ("context_width", "embedding_width", "hidden_width"):

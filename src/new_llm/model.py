@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import entry_points
 from typing import Any, Generic, Literal, TypeVar, final
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .cell import ContextCell, ConvexCell, LayerwiseCell, SequentialCell, Weights
-from .config import ModelConfig, SolverConfig
+from .config import CELL_GROUP, ModelConfig, SolverConfig
+from .errors import ConfigError
 from .fixed_point import FixedPoint, solve
 from .recurrence import Carried, Choice, Engine, carry, choose
 from .scan import scan
@@ -25,6 +27,9 @@ from .scan import scan
 
 def build_cell(config: ModelConfig) -> ContextCell:
     """Return a new cell of the configured kind.
+
+    Raises:
+        ConfigError: a cell of another package cannot be had from it.
 
     >>> type(build_cell(ModelConfig(cell="convex"))).__name__
     'ConvexCell'
@@ -39,6 +44,8 @@ def build_cell(config: ModelConfig) -> ContextCell:
             longest_timescale=config.longest_timescale,
             certified=config.certified,
         )
+    if config.cell not in ("sequential", "layerwise"):
+        return _registered_cell(config)
     seed_cell = SequentialCell if config.cell == "sequential" else LayerwiseCell
     return seed_cell(
         *widths,
@@ -47,6 +54,39 @@ def build_cell(config: ModelConfig) -> ContextCell:
         clip=config.clip,
         initialisation=config.initialisation,
     )
+
+
+def _registered_cell(config: ModelConfig) -> ContextCell:
+    """Return a new cell of the package that registers its name.
+
+    Raises:
+        ConfigError: several packages register it, its code cannot be imported, or what is built
+            has other widths.
+    """
+    found = list(entry_points(group=CELL_GROUP, name=config.cell))
+    if len(found) != 1:
+        named = ", ".join(sorted(entry.value for entry in found)) or "none"
+        raise ConfigError(
+            f"one installed package expected that registers the cell {config.cell!r} in "
+            f"{CELL_GROUP}, got {named}; install one of them only"
+        )
+    try:
+        make = found[0].load()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"the cell {config.cell!r} expected at {found[0].value}, it cannot be imported "
+            f"({error}); mend or remove the package that registers it"
+        ) from None
+    cell = make(config)
+    wanted = (config.context_width, config.embedding_width)
+    # no check of its class: beside the weights of a checkpoint lies a `ContextCell` of its own
+    given = tuple(getattr(cell, name, None) for name in ("context_width", "embedding_width"))
+    if given != wanted:
+        raise ConfigError(
+            f"a cell of context_width and embedding_width {wanted} expected, {found[0].value} "
+            f"returned one of {given}; a cell is a ContextCell, made from the ModelConfig it gets"
+        )
+    return cell
 
 
 Inner = TypeVar("Inner", bound=nn.Module)

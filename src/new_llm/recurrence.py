@@ -158,8 +158,10 @@ def choose(
     >>> choose(cell, device="cuda", batch=1, length=16384, num_sweeps=7).engine
     'gate-scan'
     """
-    if not isinstance(cell, ConvexCell):
+    if not cell.separates_gate:
         return Choice(engine="scan", why="the gate of this cell is not separate")
+    if not isinstance(cell, ConvexCell):
+        return Choice(engine="scan", why="what gate-scan costs was measured for ConvexCell only")
     if num_sweeps is None or num_sweeps >= MAX_SWEEPS:
         return Choice(engine="scan", why=f"gate-scan took {num_sweeps} sweeps or more")
     costs = COSTS.get(device, COSTS["cuda"])
@@ -555,7 +557,8 @@ def _adjoint(
     the Jacobian of `delta`.
     """
     length = len(part)
-    pull = (_Pull if part.forget is None else _GatePull)(part, part.before(contexts, initial))
+    by_hand = part.forget is not None and isinstance(part.cell, ConvexCell)
+    pull = (_GatePull if by_hand else _Pull)(part, part.before(contexts, initial))
     decay = part.decay()
     if decay is not None:
         # what each position's gradient keeps of the next one's
@@ -647,12 +650,16 @@ class _Pull:
             self.weights = tuple(weight.detach().requires_grad_() for weight in part.weights)
             traced = replace(part, projected=self.projected, weights=self.weights)
             self.updated = traced.update(self.before)
+            # what a separate gate passes on is exact already, and not for sweeps to find
+            self.moved = self.updated
+            if part.forget is not None:
+                self.moved = self.updated - part.forget * self.before
 
     def through(self, total: Tensor, part: slice) -> Tensor:
         """Return what the contexts before some positions get."""
-        whole = torch.zeros_like(self.updated)
+        whole = torch.zeros_like(self.moved)
         whole[part] = total
-        (pulled,) = torch.autograd.grad(self.updated, self.before, whole, retain_graph=True)
+        (pulled,) = torch.autograd.grad(self.moved, self.before, whole, retain_graph=True)
         return pulled[part] if self.keep is None else pulled[part] * self.keep[part]
 
     def gradients(self, total: Tensor) -> tuple[Tensor, ...]:
