@@ -6,7 +6,7 @@ RUN ?= runs/demo
 # the hub is never asked for anything here
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format docs clean
 .DELETE_ON_ERROR:
 
 # a stamp, so that installation is repeated only when the requirements change
@@ -32,5 +32,9 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# a site of pages that ask no server for anything: open site/index.html, or serve the folder
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir site
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site
