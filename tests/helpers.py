@@ -74,6 +74,15 @@ def small_run(path: Path, name: str = "convex", **phase2: Any) -> RunConfig:
     )
 
 
+def register_cells(folder: Path, distribution: str, names: dict[str, str]) -> None:
+    """Write what an installer writes of a package that registers cells of its module `mycell`."""
+    info = folder / f"{distribution}-0.1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 0.1\n")
+    lines = [f"{name} = mycell:{value}\n" for name, value in names.items()]
+    (info / "entry_points.txt").write_text("[new_llm.cells]\n" + "".join(lines))
+
+
 def store_of(dialogues: list[list[int]]) -> TokenStore:
     """Return a store of given token ids; every other token is the assistant's."""
     flat = np.array([token for ids in dialogues for token in ids], dtype=np.int32)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from contract import C, ContextCellContract, E
-from helpers import QUICK, saved, small_model, write_dialogues
+from helpers import QUICK, register_cells, saved, small_model, write_dialogues
 from new_llm import cli
 from new_llm.cell import ContextCell
 from new_llm.checkpoint import load_checkpoint
@@ -42,20 +42,11 @@ NAMES = {"mycell": "MyCell", "separate": "SeparateCell", "narrow": "narrow", "ab
          "convex": "MyCell"}  # fmt: skip
 
 
-def install(folder: Path, distribution: str, names: dict[str, str]) -> None:
-    """Write what an installer writes of a package that registers cells."""
-    info = folder / f"{distribution}-0.1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 0.1\n")
-    lines = [f"{name} = mycell:{value}\n" for name, value in names.items()]
-    (info / "entry_points.txt").write_text("[new_llm.cells]\n" + "".join(lines))
-
-
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of an installed package."""
     folder = tmp_path / "site"
-    install(folder, "mycell", NAMES)
+    register_cells(folder, "mycell", NAMES)
     (folder / "mycell.py").write_text(SOURCE + SEPARATE)
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.delitem(sys.modules, "mycell", raising=False)
@@ -145,7 +136,7 @@ def test_what_a_package_cannot_give_is_said(installed: Path, tmp_path: Path) -> 
         build_cell(ModelConfig(cell="absent"))
     with pytest.raises(ConfigError, match=r"\(256, 256\) expected, mycell:narrow .* \(3, 256\)"):
         build_cell(ModelConfig(cell="narrow"))
-    install(installed, "another", {"mycell": "SeparateCell"})
+    register_cells(installed, "another", {"mycell": "SeparateCell"})
     importlib.invalidate_caches()
     with pytest.raises(ConfigError, match="got mycell:MyCell, mycell:SeparateCell"):
         build_cell(ModelConfig(cell="mycell"))
