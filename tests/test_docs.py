@@ -126,10 +126,12 @@ def test_the_reference_has_every_public_name_and_error() -> None:
 
 
 def test_every_figure_is_shown_and_every_shown_one_is_there() -> None:
-    shown = set(re.findall(r"\(figures/([\w.-]+)\)", (ROOT / "docs/ideas.md").read_text()))
+    pages = "".join(page.read_text() for page in (ROOT / "docs").rglob("*.md"))
+    shown = set(re.findall(r"\((?:\.\./)?figures/([\w.-]+)\)", pages))
     assert shown == {path.name for path in (ROOT / "docs/figures").iterdir()}
     drawn = re.findall(r'yield "([\w-]+)"', (ROOT / "docs/figures.py").read_text())
-    assert shown == {f"{name}.svg" for name in drawn}
+    taken = {f"{name}-{size}.png" for name in ("page", "report") for size in ("desktop", "phone")}
+    assert shown == {f"{name}.svg" for name in drawn} | taken
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -356,9 +355,7 @@ def test_a_step_as_onnx_says_the_same(
 
     path = saved(tmp_path / "c", cell=cell)
     out = tmp_path / "onnx"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PyTorch's exporter, about itself
-        assert cli.main(["export", str(path), "--out", str(out)]) == 0
+    assert cli.main(["export", str(path), "--out", str(out)]) == 0
     assert "largest relative difference of onnxruntime" in capsys.readouterr().out
     session = onnxruntime.InferenceSession(str(out / "step.onnx"))
     about, ours = json.loads((out / "step.json").read_text()), load_checkpoint(path)

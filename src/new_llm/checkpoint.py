@@ -257,7 +257,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         model_config = from_dict(ModelConfig, config["model"])
         solver = from_dict(SolverConfig, config["solver"])
     except ConfigError as error:
-        raise CheckpointError(f"{path / 'config.json'} is damaged: {error}") from None
+        raise CheckpointError(f"{path / 'config.json'} cannot be used: {error}") from None
     with torch.random.fork_rng(devices=[]):
         model = NewLLM(model_config, config["vocab_size"], solver)
     # what was saved is exact: to compute it again would round it otherwise on another machine

@@ -4,6 +4,8 @@ What small devices want: a graph without loops whose memory is one tensor of fix
 Axes: `B` texts, `K` blocks, `C` context width, `V` vocabulary.
 """
 
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -88,19 +90,7 @@ def export_onnx(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
     step = Step(model).eval()
     with atomic_folder(folder) as part:
         path = part / "step.onnx"
-        batch = torch.export.Dim("batch", min=1)
-        program = torch.onnx.export(
-            step,
-            (torch.zeros(2, dtype=torch.long), model.initial_context(2)),
-            input_names=["token", "context"],
-            output_names=["logits", "next_context"],
-            dynamic_shapes={"token": {0: batch}, "context": {0: batch}},
-            dynamo=True,
-            verbose=False,
-            external_data=False,
-        )
-        assert program is not None
-        program.save(str(path))
+        _write(step, path)
         carried = ["batch", *model.initial_context(1).shape[1:]]
         about = {
             "inputs": {"token": ["batch"], "context": carried},
@@ -113,6 +103,27 @@ def export_onnx(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
         tokenizer.save(part)
         write_json(part / "step.json", about)
     return about
+
+
+def _write(step: Step, path: Path) -> None:
+    model = step.model
+    batch = torch.export.Dim("batch", min=1)
+    # what PyTorch's exporter says of itself is nothing that a user can mend
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            step,
+            (torch.zeros(2, dtype=torch.long), model.initial_context(2)),
+            input_names=["token", "context"],
+            output_names=["logits", "next_context"],
+            dynamic_shapes={"token": {0: batch}, "context": {0: batch}},
+            dynamo=True,
+            verbose=False,
+            external_data=False,
+        )
+    assert program is not None
+    program.save(str(path))
 
 
 def _difference(step: Step, path: Path) -> float:
