@@ -109,7 +109,9 @@ def test_a_reader_talks_forks_and_resets(page: "BrowserPage", folder: Path) -> N
     # one message to both
     page.click("#whom label:has-text('both')")
     third = "".join(ours.reply("fine")).strip()
+    "".join(other.reply("fine"))
     say(page, "fine")
+    page.wait_for_function(f"{SETTLED}.innerText.startsWith('{len(other.recent)} tokens')")
     page.wait_for_function("document.querySelectorAll('#B .bot.message').length == 3")
     page.wait_for_function("document.querySelectorAll('#A .bot.message').length == 2")
     assert answers(page, "A") == [first, third]

@@ -63,14 +63,9 @@ class Tracking:
     """
 
     def __init__(self, names: Sequence[str], folder: Path, config: dict[str, Any]) -> None:
+        self._names: list[Any] = list(names)
+        self._folder, self._config = folder, dict(flat(config))
         self._accelerator: Any = None
-        if not names:
-            return
-        # seconds of imports that a run without trackers does not pay
-        from accelerate import Accelerator
-
-        self._accelerator = Accelerator(log_with=list(names), project_dir=str(folder))
-        self._accelerator.init_trackers(_PROJECT, config=dict(flat(config)))
 
     def __enter__(self) -> "Tracking":
         return self
@@ -86,8 +81,14 @@ class Tracking:
 
     def log(self, row: dict[str, Any]) -> None:
         """Hand over the numbers of a row of the history, named by its stage and block."""
-        if self._accelerator is None:
+        if not self._names:
             return
+        if self._accelerator is None:
+            # with the first row: a run that ends before it leaves nothing behind
+            from accelerate import Accelerator
+
+            self._accelerator = Accelerator(log_with=self._names, project_dir=str(self._folder))
+            self._accelerator.init_trackers(_PROJECT, config=self._config)
         block = f"/block {row['block']}" if "block" in row else ""
         values = {
             f"{row['stage']}{block}/{name}": value

@@ -113,14 +113,14 @@ class Page:
                 with gr.Column(scale=6, min_width=320):
                     seen = gr.HTML(_NOTHING, elem_id="seen")
             shown = [state, first, second, whom, seen]
-            text.submit(
+            saying = text.submit(
                 self._say, [state, text, whom, temperature, tokens], [text, *shown],
                 concurrency_limit=_AT_ONCE, show_progress="hidden",
             )  # fmt: skip
             fork.click(self._fork, [state], shown, show_progress="hidden")
             # the bin of a talk forgets too: a talk that only looks empty would mislead
             for forgets in (reset.click, first.clear, second.clear):
-                forgets(self._reset, None, shown, show_progress="hidden")
+                forgets(self._reset, None, shown, show_progress="hidden", cancels=[saying])
         return blocks
 
     def launch(self, *, host: str, port: int | None) -> tuple[gr.Blocks, str]:
