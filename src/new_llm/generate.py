@@ -86,8 +86,12 @@ def sample(
         logits = torch.where(seen, penalised, logits)
     if config.temperature == 0.0:
         return logits.argmax(dim=-1)
-    # most likely first: what is left out stands at the end
     size = logits.shape[-1]
+    if not 0 < config.top_k < size and config.top_p == 1.0:
+        # nothing is left out, so nothing has to be sorted
+        probability = (logits / config.temperature).softmax(dim=-1)
+        return torch.multinomial(probability, 1, generator=generator)[:, 0]
+    # most likely first: what is left out stands at the end
     likely, place = logits.topk(config.top_k if 0 < config.top_k < size else size, dim=-1)
     probability = (likely / config.temperature).softmax(dim=-1)
     if config.top_p < 1.0:
