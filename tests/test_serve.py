@@ -1,5 +1,7 @@
 """Serving: clients of OpenAI's chat API, as they are, against the command as a user runs it."""
 
+import asyncio
+import contextlib
 import json
 import re
 import signal
@@ -20,7 +22,7 @@ from new_llm import cli
 from new_llm.checkpoint import load_checkpoint
 from new_llm.config import SampleConfig
 from new_llm.generate import Conversation, generate
-from new_llm.serve import Sessions, Turns, _Refused
+from new_llm.serve import Endpoint, Sessions, Turns, _Refused
 
 FIRST = [message["content"] for messages in real_dialogues(16) for message in messages[:1]]
 CONTROL = re.compile("[\x00-\x08]")
@@ -168,6 +170,8 @@ def test_a_stream_that_is_left_changes_no_session(client: openai.OpenAI, url: st
     next(iter(told))
     with pytest.raises(openai.ConflictError, match="is speaking"):
         client.chat.completions.create(messages=asked("hello"), **drawn)
+    forked = httpx.post(f"{url}/sessions/left/fork", json={"to": "other"})
+    assert forked.status_code == 409 and "is speaking" in forked.text
     told.close()
     health = {}
     for _ in range(100):
@@ -178,6 +182,45 @@ def test_a_stream_that_is_left_changes_no_session(client: openai.OpenAI, url: st
     assert health["texts"] == 0 and health["status"] == "ok"
     assert httpx.get(f"{url}/sessions/left").json()["turns"] == 1
     client.chat.completions.create(messages=asked("hello"), max_tokens=3, **drawn)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_at_once_leaves_nothing_speaking(
+    stream: bool, folder: Path
+) -> None:
+    sessions = Sessions(
+        checkpoint=load_checkpoint(folder), config=SampleConfig(max_new_tokens=10**6), minutes=1.0,
+        most=9,
+    )  # fmt: skip
+    endpoint = Endpoint("small", sessions)
+    body = json.dumps({"messages": asked("hi"), "session": "a", "stream": stream}).encode()
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions",
+             "headers": [(b"content-type", b"application/json")],
+             "query_string": b"", "http_version": "1.1", "scheme": "http", "raw_path": b"",
+             "client": ("a", 1), "server": ("b", 2), "root_path": "",
+             "asgi": {"version": "3.0", "spec_version": "2.0"}}  # fmt: skip
+
+    async def leave() -> None:
+        coming = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Any:
+            return coming.pop() if coming else {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            await asyncio.sleep(0)
+
+        async with endpoint._living(endpoint.app):
+            with contextlib.suppress(Exception):
+                await endpoint.app(scope, receive, send)
+            assert endpoint.turns is not None
+            for _ in range(200):
+                if not len(endpoint.turns):
+                    break
+                await asyncio.sleep(0.05)
+            assert len(endpoint.turns) == 0
+
+    asyncio.run(leave())
+    assert not sessions.get("a").speaking and sessions.get("a").conversation.num_turns == 0
 
 
 BAD = {

@@ -280,9 +280,11 @@ class Sessions:
         """Return a new session that goes on where another one stands.
 
         Raises:
-            _Refused: there is no such session, or one of the new id.
+            _Refused: there is no such session, it is speaking, or there is one of the new id.
         """
         origin = self.get(name)
+        if origin.speaking:
+            raise _Refused(f"session {name!r} is speaking; wait for its answer", status=409)
         if to in self._kept:
             raise _Refused(f"a new id expected, there is a session {to!r}", status=409)
         self._add(to, origin.conversation.fork())
@@ -507,7 +509,9 @@ class _Told:
         ended: Callable[[], None],
     ) -> None:
         self._said, self._ended = said, ended
+        self._stopped = False
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
+        self._left: list[Any] = []
         loop = asyncio.get_running_loop()
 
         def tell(piece: Any) -> None:
@@ -520,9 +524,15 @@ class _Told:
     async def response(
         self, shape: _Shape, asked: _Asked, request: Request
     ) -> JSONResponse | StreamingResponse:
+        """Return the whole answer, or one that is still being told."""
         if asked.stream:
-            told = self._streamed(shape, asked, await self._first())
-            return StreamingResponse(told, media_type="text/event-stream")
+            try:
+                # what is wrong with a request shows before an answer begins
+                first = await self._next()
+            except BaseException:
+                self.stop()
+                raise
+            return _Stream(self, self._streamed(shape, asked, first))
         gone = asyncio.create_task(_gone(request))
         try:
             text = await self._whole(gone)
@@ -533,22 +543,23 @@ class _Told:
         assert said is not None
         return JSONResponse(shape.whole(text, said))
 
-    async def _first(self) -> Any:
-        """Return the first piece: what is wrong with a request shows before an answer begins."""
-        try:
-            return await self._next()
-        except BaseException:
-            self.stop()
-            raise
-
     async def _next(self) -> str | None:
-        piece = await self._queue.get()
+        """Return all that was told since the last call; None at the end."""
+        waiting = self._left or [await self._queue.get()]
+        while not self._queue.empty():
+            waiting.append(self._queue.get_nowait())
+        told = 0
+        while told < len(waiting) and isinstance(waiting[told], str):
+            told += 1
+        if told:
+            self._left = waiting[told:]
+            return "".join(waiting[:told])
+        piece = waiting[0]
         if isinstance(piece, NewLLMError):
-            status = 400 if piece.exit_code == 2 else 500
-            raise _Refused(str(piece), status=status)
+            raise _Refused(str(piece), status=400 if piece.exit_code == 2 else 500)
         if isinstance(piece, Exception):
             raise piece
-        return piece
+        return None
 
     async def _whole(self, gone: "asyncio.Task[None]") -> str:
         pieces: list[str] = []
@@ -563,7 +574,9 @@ class _Told:
                 return "".join(pieces)
             pieces.append(piece)
 
-    async def _streamed(self, shape: _Shape, asked: _Asked, piece: Any) -> AsyncIterator[str]:
+    async def _streamed(
+        self, shape: _Shape, asked: _Asked, piece: str | None
+    ) -> AsyncIterator[str]:
         first = True
         try:
             while piece is not None:
@@ -571,22 +584,36 @@ class _Told:
                     yield _event(shape.piece(piece, first=first))
                     first = False
                 piece = await self._next()
-            said = self._said()
-            assert said is not None
-            yield _event(shape.piece(None, first=first, finish=said.finish))
-            if asked.stream_options is not None and asked.stream_options.include_usage:
-                yield _event(shape.used(said))
-            yield "data: [DONE]\n\n"
         except _Refused as error:
             # the answer has begun: its status cannot be changed any more
             yield _event(_error(error))
-        finally:
-            self.stop()
+            return
+        said = self._said()
+        assert said is not None
+        yield _event(shape.piece(None, first=first, finish=said.finish))
+        if asked.stream_options is not None and asked.stream_options.include_usage:
+            yield _event(shape.used(said))
+        yield "data: [DONE]\n\n"
 
     def stop(self) -> None:
-        """Let nothing more be told."""
-        self._text.cancelled = True
-        self._ended()
+        """Let nothing more be told; again does nothing."""
+        if not self._stopped:
+            self._stopped = self._text.cancelled = True
+            self._ended()
+
+
+class _Stream(StreamingResponse):
+    """Stops its text however it ends, also where it never began."""
+
+    def __init__(self, told: _Told, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._told = told
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._told.stop()
 
 
 async def _gone(request: Request) -> None:
