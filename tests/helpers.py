@@ -1,6 +1,13 @@
 """Small models and dialogues for tests; real dialogues come from the default package."""
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,3 +101,21 @@ def store_of(dialogues: list[list[int]]) -> TokenStore:
         num_content_bytes=np.array(lengths, dtype=np.int64) * 3,
         fingerprint=str(hash(flat.tobytes())),
     )
+
+
+@contextmanager
+def served(*arguments: str) -> Iterator[str]:
+    """Run a command that serves until Ctrl-C, as a user does; yield the address that it says."""
+    command = [sys.executable, "-m", "new_llm", *arguments]
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=alone
+    ) as run:
+        assert run.stdout is not None and run.stderr is not None
+        line = run.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        assert found, line + run.stderr.read()
+        yield found[0]
+        run.send_signal(signal.SIGINT)
+        assert run.wait(20) == 130
+        assert "Traceback" not in run.stderr.read()

@@ -3,10 +3,6 @@
 import asyncio
 import contextlib
 import json
-import re
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from helpers import real_dialogues, saved
+from helpers import real_dialogues, saved, served
 from new_llm import cli
 from new_llm.checkpoint import load_checkpoint
 from new_llm.config import SampleConfig
@@ -25,7 +21,6 @@ from new_llm.generate import Conversation, generate
 from new_llm.serve import Endpoint, Sessions, Turns, _Refused
 
 FIRST = [message["content"] for messages in real_dialogues(16) for message in messages[:1]]
-CONTROL = re.compile("[\x00-\x08]")
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(folder: Path) -> Iterator[str]:
-    command = [sys.executable, "-m", "new_llm", "serve", str(folder), "--port", "0"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as run:
-        assert run.stdout is not None and run.stderr is not None
-        line = run.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:\d+/v1", line)
-        assert found, line + run.stderr.read()
-        yield found[0]
-        run.send_signal(signal.SIGINT)
-        assert run.wait(20) == 130
-        assert "Traceback" not in run.stderr.read()
+    with served("serve", str(folder), "--port", "0") as place:
+        yield f"{place}/v1"
 
 
 @pytest.fixture

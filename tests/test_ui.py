@@ -1,17 +1,12 @@
 """The page to talk at, clicked through in a real browser, as a user opens it."""
 
-import os
-import re
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from helpers import saved
+from helpers import saved, served
 from new_llm import cli
 from new_llm.checkpoint import load_checkpoint
 from new_llm.config import SampleConfig
@@ -36,20 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(folder: Path, browser: "Browser") -> Iterator[str]:
-    command = [sys.executable, "-m", "new_llm", "ui", str(folder), "--max-new-tokens", "12",
-               "--temperature", "0"]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as run:
-        assert run.stdout is not None and run.stderr is not None
-        line = run.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:\d+", line)
-        assert found, line + run.stderr.read()
-        yield found[0]
-        run.send_signal(signal.SIGINT)
-        assert run.wait(20) == 130
-        assert "Traceback" not in run.stderr.read()
+    with served("ui", str(folder), "--max-new-tokens", "12", "--temperature", "0") as place:
+        yield place
 
 
 @pytest.fixture(params=SIZES)
