@@ -511,7 +511,6 @@ class _Told:
         self._said, self._ended = said, ended
         self._stopped = False
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
-        self._left: list[Any] = []
         loop = asyncio.get_running_loop()
 
         def tell(piece: Any) -> None:
@@ -544,22 +543,8 @@ class _Told:
         return JSONResponse(shape.whole(text, said))
 
     async def _next(self) -> str | None:
-        """Return all that was told since the last call; None at the end."""
-        waiting = self._left or [await self._queue.get()]
-        while not self._queue.empty():
-            waiting.append(self._queue.get_nowait())
-        told = 0
-        while told < len(waiting) and isinstance(waiting[told], str):
-            told += 1
-        if told:
-            self._left = waiting[told:]
-            return "".join(waiting[:told])
-        piece = waiting[0]
-        if isinstance(piece, NewLLMError):
-            raise _Refused(str(piece), status=400 if piece.exit_code == 2 else 500)
-        if isinstance(piece, Exception):
-            raise piece
-        return None
+        """Return the next piece; None at the end."""
+        return _opened(await self._queue.get())
 
     async def _whole(self, gone: "asyncio.Task[None]") -> str:
         pieces: list[str] = []
@@ -570,6 +555,10 @@ class _Told:
                 coming.cancel()
                 raise _Refused("the client went away", status=499)
             piece = await coming
+            # a task for each token would cost more than the token
+            while piece is not None and not self._queue.empty():
+                pieces.append(piece)
+                piece = _opened(self._queue.get_nowait())
             if piece is None:
                 return "".join(pieces)
             pieces.append(piece)
@@ -600,6 +589,15 @@ class _Told:
         if not self._stopped:
             self._stopped = self._text.cancelled = True
             self._ended()
+
+
+def _opened(told: Any) -> str | None:
+    """Return a piece as it was told, or raise what went wrong."""
+    if isinstance(told, NewLLMError):
+        raise _Refused(str(told), status=400 if told.exit_code == 2 else 500)
+    if isinstance(told, Exception):
+        raise told
+    return told
 
 
 class _Stream(StreamingResponse):
