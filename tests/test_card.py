@@ -52,6 +52,22 @@ def test_a_checkpoint_that_was_not_judged_has_a_card_that_says_so(tmp_path: Path
     assert "contraction of block 2" in card
 
 
+@pytest.mark.parametrize(("length", "said"), [(64.0, "about\n  64 tokens"), (256.0, None)])
+def test_a_card_says_how_far_back_it_remembers_only_where_that_was_found(
+    length: float, said: str | None, finished: Path, tmp_path: Path
+) -> None:
+    from new_llm.card import write_card
+    from new_llm.config import preset
+
+    result = json.loads((finished / "result.json").read_text())
+    rows = result["verdict_final"]["sequence"]["measurements"]
+    rows["effective_context_length"]["value"] = length
+    write_card(tmp_path, contraction=[], num_parameters=1, run=preset("demo"), result=result)
+    card = (tmp_path / "README.md").read_text()
+    assert "a contraction must forget" in card
+    assert (said in card) if said else ("tokens back" not in card)
+
+
 def test_tensorboard_is_handed_what_the_history_holds(finished: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -111,3 +111,16 @@ def test_our_model_in_the_harness_continues_and_scores(folder: Path) -> None:
         [((), begun, [best]), ((), begun, [worst])], disable_tqdm=True
     )
     assert is_best and not is_worst
+
+
+@pytest.mark.parametrize("lack", ["checkpoint", "package"])
+def test_what_the_harness_lacks_is_said_in_one_line(lack: str, tmp_path: Path) -> None:
+    hidden = "sys.modules['lm_eval'] = None; " if lack == "package" else ""
+    code = f"import runpy, sys; {hidden}runpy.run_module('new_llm.harness', run_name='__main__')"
+    asked = ["--model", "new_llm", "--model_args", "pretrained=nowhere", "--tasks", "dialogues",
+             "--metadata", json.dumps({"data": str(tmp_path / "none")})]  # fmt: skip
+    run = subprocess.run([sys.executable, "-c", code, *asked], capture_output=True, text=True)
+    says = {"checkpoint": "new-llm: a run's folder or its checkpoint expected",
+            "package": 'pip install "new-llm[evaluation]"'}  # fmt: skip
+    assert run.returncode == 2 and says[lack] in run.stderr
+    assert "Traceback" not in run.stderr

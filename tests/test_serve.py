@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -300,6 +301,24 @@ def test_texts_are_told_in_turns() -> None:
     turns.close()
     assert order == ["a0", "b0", "a1", "b1", "a2", "b2"]
     assert sum(isinstance(piece, ZeroDivisionError) for piece in done) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "extra"),
+    [("serve", "uvicorn", "serve"), ("ui", "gradio", "ui"), ("export", "onnxruntime", "onnx")],
+)
+def test_a_missing_extra_is_said_in_one_line(
+    command: str, package: str, extra: str, folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"new_llm.{command}", raising=False)
+    out = ["--out", str(tmp_path / "x")] if command == "export" else []
+    assert cli.main([command, str(folder), *out]) == 2
+    assert f'{package} expected, it is not installed; pip install "new-llm[{extra}]"' in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "x").exists()
 
 
 def test_an_address_that_is_taken_is_said_in_one_line(

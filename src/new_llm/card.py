@@ -5,6 +5,7 @@ from typing import Any
 
 from .config import RunConfig, to_dict
 from .files import write_text
+from .measurements import LONGEST_REACH
 
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 # what stands in the card of each block's contraction, as `checkpoint.contraction` names it
@@ -51,7 +52,6 @@ def write_card(
             for name, called in names.items()
         ]
     about = ModelCardData(
-        language="en",
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["new-llm", "recurrent", "fixed-point", "conversational"],
@@ -86,9 +86,10 @@ def _source(run: RunConfig) -> str:
 
 
 def _reach(result: dict[str, Any]) -> float | None:
-    """Return the number of tokens beyond which the context is worth next to nothing."""
+    """Return the number of tokens beyond which the context is worth next to nothing, if any."""
     sequence = result["verdict_final"].get("sequence") or {}
     rows = sequence.get("measurements", {})
     found = [row["value"] for name, row in rows.items()
              if name.rpartition(": ")[2] == "effective_context_length"]  # fmt: skip
-    return max(found) if found else None
+    # a text that is still worth something as far back as was looked has no such number
+    return next((value for value in found if value < LONGEST_REACH), None)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import importlib
 import io
 import re
 import sys
@@ -85,11 +86,11 @@ class ServeOptions:
     """Contexts that are kept; the one that was used longest ago gives way."""
     max_new_tokens: int = 256
     """Most tokens of an answer, where a request does not say."""
-    temperature: float = 0.8
+    temperature: float = SampleConfig.temperature
     """As `generate` has it, where a request does not say."""
-    top_k: int = 50
+    top_k: int = SampleConfig.top_k
     """As `generate` has it, where a request does not say."""
-    top_p: float = 0.95
+    top_p: float = SampleConfig.top_p
     """As `generate` has it, where a request does not say."""
 
 
@@ -374,8 +375,8 @@ def _called(checkpoint: Path) -> str:
 
 def _export(options: ExportOptions) -> None:
     with _needs_extra("onnx"):
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
+        for package in ("onnxruntime", "onnxscript"):
+            importlib.import_module(package)
     from .checkpoint import load_checkpoint
     from .export import export_onnx
 

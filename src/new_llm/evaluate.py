@@ -28,7 +28,7 @@ from .doctor import (
     worst,
 )
 from .errors import DataError
-from .measurements import Map, lyapunov_exponent, read_back
+from .measurements import LONGEST_REACH, Map, lyapunov_exponent, read_back
 from .model import LanguageModel, ModelOutput, NewLLM, solve_tokens, token_losses
 from .recurrence import Engine, sweep
 
@@ -40,7 +40,6 @@ DIAGNOSED_WIDTHS = 4
 _DIAGNOSED_CONTEXTS = 256
 # positions back of the token that a probe tries to read
 _READ_BACK = (0, 1, 2, 4, 8, 16)
-_AGES = 256
 # relative difference of a parallel solve from an exact scan, from which the scan is used
 _AUDITED = 1e-3
 _LOSS_CHUNK = 1024
@@ -372,12 +371,12 @@ def memory_gain(model: NewLLM, ids: Tensor, starts: Tensor, real: Tensor) -> tup
         return 0.0, 0.0
     gain = (nats(torch.ones_like(starts)) - whole).mean().item()
     positions = torch.arange(ids.shape[1], device=ids.device)
-    every = (positions % _AGES == 0).expand_as(starts)
+    every = (positions % LONGEST_REACH == 0).expand_as(starts)
     lost = nats(starts | every) - whole
     # tokens of context a position has, its own among them; a dialogue's start loses nothing
-    age = (positions % _AGES + 1).expand_as(starts)[:, :-1][follows]
-    edges = [1, 2, 4, 8, 16, 32, 64, 128, _AGES]
-    length = float(_AGES)
+    age = (positions % LONGEST_REACH + 1).expand_as(starts)[:, :-1][follows]
+    edges = [1, 2, 4, 8, 16, 32, 64, 128, LONGEST_REACH]
+    length = float(LONGEST_REACH)
     # few tokens are young: chance may hide what they lost, but not what older ones still lose
     for low, high in reversed([*itertools.pairwise(edges)]):
         chosen = lost[(age >= low) & (age < high)]

@@ -10,15 +10,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    print(
+        f"new-llm: the package {error.name} expected, it is not installed; "
+        'pip install "new-llm[evaluation]"',
+        file=sys.stderr,
+    )
+    sys.exit(2)
 import torch
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from .checkpoint import load_checkpoint
 from .config import SampleConfig
+from .errors import NewLLMError
 from .generate import Speech
 from .model import token_losses
 
@@ -154,8 +165,8 @@ class HarnessLM(TemplateLM):
 register_model("new_llm")(HarnessLM)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `lm_eval` with our model and tasks; all its arguments are its own."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `lm_eval`, whose arguments it takes, with our model and tasks; return the exit code."""
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
 
@@ -169,9 +180,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     before, sys.argv = sys.argv, [sys.argv[0], *given]
     try:
         harness.execute(harness.parse_args())
+    except NewLLMError as error:
+        print(f"new-llm: {error}", file=sys.stderr)
+        return error.exit_code
     finally:
         sys.argv = before
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,6 +13,8 @@ from torch import Tensor
 Map = Callable[[Tensor, Tensor], Tensor]
 """`(context [M, C], rows [M])` to `[M, C]`: moves the contexts of chosen tokens, each alone."""
 
+# tokens of context, as far back as a measurement of what they are worth looks
+LONGEST_REACH = 256
 _TINY = 1e-30
 # far above the rounding of float32 contexts, far below their size
 _SMALL_DISTANCE = 1e-2
