@@ -1,5 +1,6 @@
 """The page to talk at, clicked through in a real browser, as a user opens it."""
 
+import html
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from helpers import saved, served
 from new_llm import cli
 from new_llm.checkpoint import load_checkpoint
 from new_llm.config import SampleConfig
+from new_llm.console import printable
 from new_llm.generate import Conversation
 from new_llm.view import distance
 
@@ -117,6 +119,16 @@ def test_an_empty_message_is_no_turn(page: "BrowserPage") -> None:
     say(page, "   ")
     page.wait_for_timeout(500)
     assert answers(page, "A") == [] and "once something was said" in page.inner_text("#seen")
+
+
+def test_what_is_drawn_is_what_the_command_asks_for(folder: Path) -> None:
+    from new_llm.ui import Page
+
+    config = SampleConfig(max_new_tokens=12, temperature=1.0, top_k=7, seed=5)
+    page = Page(load_checkpoint(folder), config, "small")
+    *_, last = page._say(None, "hello there", "A", config.temperature, config.max_new_tokens)
+    expected = "".join(Conversation(load_checkpoint(folder), config).reply("hello there"))
+    assert html.unescape(last[1].talks[0].said[-1]["content"]) == printable(expected)
 
 
 def test_two_readers_have_their_own_talks(

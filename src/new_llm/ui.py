@@ -8,7 +8,7 @@ forgotten. The page asks nothing of any other machine.
 import html
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gradio as gr
@@ -168,10 +168,7 @@ class Page:
         if not text.strip():
             yield ["", *self._shown(page, looked=False)]
             return
-        config = SampleConfig(
-            max_new_tokens=int(tokens), temperature=temperature, top_k=self.config.top_k,
-            top_p=self.config.top_p, repetition_penalty=self.config.repetition_penalty,
-        )  # fmt: skip
+        config = replace(self.config, max_new_tokens=int(tokens), temperature=temperature)
         for talk in page.spoken_to(whom):
             page.latest = page.talks.index(talk)
             talk.conversation.config = config
