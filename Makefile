@@ -6,7 +6,7 @@ RUN ?= runs/demo
 # the hub is never asked for anything here
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test check format docs clean
+.PHONY: demo test faults check format docs clean
 .DELETE_ON_ERROR:
 
 # a stamp, so that installation is repeated only when the requirements change
@@ -22,6 +22,11 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# kills, flipped bytes and fuzzed input in thousands; `make test` has the same in a short form
+faults: $(VENV)/.installed
+	NEW_LLM_FAULTS=30 NEW_LLM_FUZZ=10000 $(BIN)/python -m pytest -n 2 --dist loadgroup \
+		tests/test_faults.py tests/test_fuzz.py tests/test_distributed.py tests/test_streaming.py
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -1,7 +1,6 @@
 """Engines inside the model: whatever carries the context, what comes out is the same."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -99,7 +98,7 @@ def test_evaluation_falls_back_where_the_audit_fails(monkeypatch: pytest.MonkeyP
     assert evaluate(model, store, engine="gate-scan") == expected
 
 
-def test_phase_2_learns_the_same_by_gate_scan(tmp_path: Path) -> None:
+def test_phase_2_learns_the_same_by_gate_scan() -> None:
     losses = {}
     for engine in ("scan", "gate-scan"):
         model = make()
@@ -111,8 +110,7 @@ def test_phase_2_learns_the_same_by_gate_scan(tmp_path: Path) -> None:
         history: list[dict] = []
         train(
             model, Phase2Data(train=store, valid=store, segment_length=32, cache=None), config,
-            seed=0, phase1=Phase1Config(), folder=tmp_path / engine, console=Console(quiet=True),
-            log=history.append,
+            seed=0, phase1=Phase1Config(), console=Console(quiet=True), log=history.append,
         )  # fmt: skip
         losses[engine] = history[-1]["loss"]
     assert losses["gate-scan"] == pytest.approx(losses["scan"], rel=1e-3)

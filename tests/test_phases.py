@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from new_llm import cache, phase1, phase2
 from new_llm.cell import LayerwiseCell, SequentialCell
 from new_llm.config import PeerConfig, Phase1Config, Phase2Config, SolverConfig
 from new_llm.console import Console
-from new_llm.data import held_out_ids
+from new_llm.data import SegmentStream, held_out_ids
 from new_llm.errors import DamagedCacheError, NonFiniteError, StaleCacheError
 from new_llm.evaluate import sequence_verdict, token_verdict
 from new_llm.model import NewLLM
 from new_llm.optimiser import Muon
 from new_llm.peers import Peer
 from new_llm.phase2 import make_optimisers
+from new_llm.resume import Keeper
 
 V = 80
 QUIET = Console(quiet=True)
@@ -201,7 +203,7 @@ def train(
             config,
             seed=0,
             phase1=Phase1Config(contraction_target=0.7),
-            folder=folder,
+            keeper=Keeper(folder),
             console=QUIET,
             log=log,
         )
@@ -234,6 +236,29 @@ def test_bfloat16_is_for_large_products_only(cell: str, tmp_path: Path) -> None:
         assert context.dtype == torch.float32
     assert losses["float32"] != losses["bfloat16"]
     assert abs(losses["float32"] - losses["bfloat16"]) < 0.1
+
+
+@pytest.mark.parametrize("cell", ["convex", "layerwise"])
+def test_gradients_in_bfloat16_point_where_those_in_float32_do(cell: str) -> None:
+    model = make(cell)
+    gradients, losses = {}, {}
+    for precision in ("float32", "bfloat16"):
+        objective = phase2._Objective(model, replace(SMALL, precision=precision), None)  # pyright: ignore
+        stream = SegmentStream(store_of(text()), batch_size=4, segment_length=8, seed=0)
+        segment = stream.segment(0, 0)
+        wanted = torch.tensor(float(segment.counts.sum()))
+        model.zero_grad()
+        loss = objective(segment, model.initial_context(4), 0, wanted)[0]
+        loss.backward()
+        losses[precision] = loss.item()
+        gradients[precision] = {n: p.grad.clone() for n, p in model.named_parameters()
+                                if p.grad is not None}  # fmt: skip
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=5e-3)
+    assert losses["bfloat16"] != losses["float32"]
+    for name, exact in gradients["float32"].items():
+        rough = gradients["bfloat16"][name]
+        if exact.norm() > 1e-6:
+            assert torch.cosine_similarity(rough.flatten(), exact.flatten(), 0) > 0.98, name
 
 
 @pytest.mark.parametrize("kind", ["convex", "mamba", "lstm"])
@@ -390,11 +415,11 @@ def test_stale_and_damaged_caches_are_refused_by_name(tmp_path: Path) -> None:
     model.solver = SolverConfig(tolerance=1e-3)
     with pytest.raises(StaleCacheError):
         cache.open_cache(folder, cache.token_key(model))
-    path = folder / cache.CONTEXTS
+    path = folder / "contexts-00001-of-00001.f32"
     data = bytearray(path.read_bytes())
     data[100] ^= 1
     path.write_bytes(data)
-    key = (folder / "cache.json").read_text().split('"')[3]
+    key = json.loads((folder / "cache.json").read_text())["key"]
     with pytest.raises(DamagedCacheError, match="checksum"):
         cache.open_cache(folder, key)
     path.write_bytes(data[:-4])
@@ -403,6 +428,59 @@ def test_stale_and_damaged_caches_are_refused_by_name(tmp_path: Path) -> None:
     (folder / "cache.json").write_text("{")
     with pytest.raises(DamagedCacheError):
         cache.open_cache(folder, key)
+
+
+def test_shards_are_one_cache_and_one_in_anothers_place_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, store, folder = make(), store_of(text()), tmp_path / "cache"
+    whole = cache.write_sequence_cache(tmp_path / "whole", model, store, advance).contexts
+    monkeypatch.setattr(cache, "SHARD_BYTES", len(whole) * 4 * 2 * 16 // 3)
+    rows = cache.write_sequence_cache(folder, model, store, advance).contexts
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["cache.json", *(f"contexts-0000{n}-of-00003.f32" for n in (1, 2, 3))]
+    torch.testing.assert_close(np.asarray(rows), np.asarray(whole), atol=1e-6, rtol=0)
+    drawn = np.random.default_rng(0).integers(0, len(whole), 50)
+    assert np.array_equal(rows[drawn], np.asarray(rows)[drawn])
+    # shards begin where dialogues do
+    assert all(len(rows.shards[k]) in np.diff(store.offsets).cumsum() for k in (0,))
+    first, second = (folder / name for name in names[1:3])
+    size = min(len(rows.shards[0]), len(rows.shards[1])) * 4 * 2 * 16
+    key = cache.sequence_key(model, store)
+    first.write_bytes(second.read_bytes()[:size].ljust(first.stat().st_size, b"\0"))
+    with pytest.raises(DamagedCacheError, match="contexts-00001"):
+        cache.open_cache(folder, key)
+
+
+def test_an_interrupted_cache_keeps_its_whole_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, store, folder = make(), store_of(text()), tmp_path / "cache"
+    monkeypatch.setattr(cache, "SHARD_BYTES", store.num_tokens * 4 * 2 * 16 // 3)
+    whole = cache.write_sequence_cache(tmp_path / "w", model, store, advance).contexts
+    calls = []
+
+    def stop(amount: float = 1, note: str = "") -> None:
+        calls.append(amount)
+        # the first call says what is there already
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.write_sequence_cache(folder, model, store, stop)
+    assert not folder.exists()
+    shards = tmp_path / ".cache.shards"
+    kept = shards / "contexts-00001-of-00003.f32"
+    written = kept.stat().st_mtime_ns
+    # a shard of another cache is none of this
+    other = shards / "contexts-00002-of-00003.f32"
+    other.write_bytes(b"x" * 100)
+    rows = cache.write_sequence_cache(folder, model, store, advance).contexts
+    assert (folder / kept.name).stat().st_mtime_ns == written
+    assert np.array_equal(np.asarray(rows), np.asarray(whole))
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "w"}
 
 
 def test_a_model_that_ignores_its_context_is_amnesic() -> None:

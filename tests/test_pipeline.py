@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import QUICK, small_run
+from helpers import QUICK, reseal, small_run
 from new_llm import cli
 from new_llm.config import PRESETS, preset
 from new_llm.records import read_history
@@ -139,7 +139,7 @@ def test_stages_one_by_one_are_the_run(
     for command in ("phase1", "cache", "phase2", "run"):
         assert cli.main([command, "--data", str(chats), "--out", str(out), *QUICK]) == 0
         if command == "cache":
-            contexts = out / "cache" / "contexts.f32"
+            contexts = out / "cache" / "contexts-00001-of-00001.f32"
             contexts.write_bytes(contexts.read_bytes()[:100])
             assert cli.main(["phase2", "--data", str(chats), "--out", str(out), *QUICK]) == 2
             assert "new-llm cache again" in capsys.readouterr().err
@@ -303,7 +303,7 @@ def test_damaged_checkpoints_are_refused(
         ChatTokenizer.train(iter(["other text"]), 300).save(folder)
     assert cli.main(["generate", str(folder), "--prompt", "x"]) == 2
     error = capsys.readouterr().err
-    assert {"truncate": "truncated", "flip": "changed", "tokenizer": "own tokenizer expected",
+    assert {"truncate": "truncated", "flip": "changed", "tokenizer": "tokenizer.json must match",
             "missing": "model.safetensors"}[harm] in error  # fmt: skip
 
 
@@ -313,10 +313,10 @@ def test_a_damaged_cache_is_refused(
     out = tmp_path / "x"
     arguments = ["--data", str(chats), "--out", str(out), *QUICK]
     assert cli.main(["cache", *arguments]) == 0
-    path = out / "cache" / "contexts.f32"
+    path = out / "cache" / "contexts-00001-of-00001.f32"
     path.write_bytes(path.read_bytes()[:-8])
     assert cli.main(["run", *arguments]) == 2
-    assert "contexts.f32" in capsys.readouterr().err
+    assert "contexts-00001-of-00001.f32" in capsys.readouterr().err
 
 
 def _limited(arguments: list[str], num_bytes: int) -> subprocess.CompletedProcess[str]:
@@ -358,7 +358,7 @@ def test_the_report_is_one_offline_page(finished: Path, tmp_path: Path) -> None:
     other = shutil.copytree(finished, tmp_path / "other")
     result = json.loads((other / "result.json").read_text())
     result["samples"][0][0]["assistant"] = "<script>alert(1)</script>"
-    (other / "result.json").write_text(json.dumps(result))
+    reseal(other / "result.json", samples=result["samples"])
     write_report([finished, other], tmp_path / "both.html")
     both = (tmp_path / "both.html").read_text()
     assert "<script>" not in both and "&lt;script&gt;" in both
@@ -514,7 +514,7 @@ def test_a_run_whose_parts_are_gone_says_what_to_delete(
     (out / "stages" / "phase1.json").unlink()
     (out / "training").mkdir()
     assert cli.main(["run", *arguments]) == 2
-    assert f"delete {out / 'training'} to begin Phase 2 again" in capsys.readouterr().err
+    assert f"delete {out / 'training'} to begin that phase again" in capsys.readouterr().err
     (out / "training").rmdir()
     assert cli.main(["run", *arguments]) == 0
     # a page that was deleted is written again
@@ -547,8 +547,8 @@ def test_a_checkpoint_of_another_contraction_is_refused(
     config = json.loads((folder / "config.json").read_text())
     found = config["contraction"]
     assert all(block["q2"] < 1 and 0 < block["rate"] <= block["q2"] for block in found)
-    config["contraction"] = None if written is None else [{**found[0], **written}, *found[1:]]
-    (folder / "config.json").write_text(json.dumps(config))
+    changed = None if written is None else [{**found[0], **written}, *found[1:]]
+    reseal(folder / "config.json", contraction=changed)
     assert cli.main(["generate", str(folder), "--prompt", "x"]) == 2
     error = capsys.readouterr().err
     wrong = "must hold q2, q_inf and rate"
@@ -562,8 +562,7 @@ def test_a_config_of_wrong_types_is_a_damaged_checkpoint(
 ) -> None:
     folder = shutil.copytree(finished / "checkpoint", tmp_path / "c")
     config = json.loads((folder / "config.json").read_text())
-    config["model"]["hidden_width"] = "x"
-    (folder / "config.json").write_text(json.dumps(config))
+    reseal(folder / "config.json", model={**config["model"], "hidden_width": "x"})
     assert cli.main(["generate", str(folder), "--prompt", "x"]) == 2
     assert "hidden_width must be a whole number, got 'x'" in capsys.readouterr().err
 

@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from helpers import small_model, store_of, write_dialogues
-from new_llm import phase2, quality
+from new_llm import phase2, quality, resume
 from new_llm.checkpoint import load_checkpoint
 from new_llm.cli import main
 from new_llm.config import preset, to_dict
 from new_llm.console import Console
-from new_llm.data import Segment
 from new_llm.errors import CheckpointError, DataError
 from new_llm.evaluate import rebuilt_gains
 from new_llm.files import write_json
@@ -183,18 +182,18 @@ def test_a_long_training_goes_on_and_leaves_its_model(
     narrow = replace(small.model, context_width=16, embedding_width=16, hidden_width=16)
     small = replace(small, model=narrow, phase1=replace(small.phase1, max_steps=3))
     monkeypatch.setattr(quality, "preset", lambda name: small)
-    step, done = phase2._Trainer.step, []
+    step, done = phase2._Training.take_step, []
 
-    def stopped(self: phase2._Trainer, segment: Segment, at: int) -> dict[str, float]:
-        done.append(at)
+    def stopped(self: phase2._Training) -> dict[str, float]:
+        done.append(self.step)
         if len(done) == 4:
             raise RuntimeError
-        return step(self, segment, at)
+        return step(self)
 
     # every step is saved, since a minute has always passed
     ticks = counting(step=100)
-    monkeypatch.setattr(phase2.time, "monotonic", lambda: float(next(ticks)))
-    monkeypatch.setattr(phase2._Trainer, "step", stopped)
+    monkeypatch.setattr(resume.time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr(phase2._Training, "take_step", stopped)
     asked = Long(console=QUIET, out=tmp_path, tokens=6 * 2048)
     with pytest.raises(RuntimeError):
         asked.run()

@@ -1,10 +1,13 @@
 """The cache of fixed points: written once, memory-mapped, checksummed, refused when stale.
 
 Token scope has one row a vocabulary id, `[V, K, C]`, whatever the corpus; sequence scope one row a
-position, `[N, K, C]`, for training a read-out on frozen contexts. Float32, little-endian.
+position, `[N, K, C]`, for training a read-out on frozen contexts. Float32, little-endian, in shards
+whose number depends on the rows alone: several processes write them side by side, and a shard that
+is whole is not written again after an interruption.
 """
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +19,65 @@ from .checkpoint import weights_fingerprint
 from .config import fingerprint, to_dict
 from .console import Advance
 from .data import SegmentStream, TokenStore
+from .distributed import World
 from .errors import CheckpointError, DamagedCacheError, StaleCacheError
-from .files import atomic_folder, read_json, require_space, sha256, write_json
+from .files import (
+    atomic_file,
+    read_sealed,
+    require_space,
+    sha256,
+    sync_rename,
+    write_sealed,
+)
 from .model import NewLLM
 
-CONTEXTS = "contexts.f32"
+FORMAT_VERSION = 2
+_META = "cache.json"
+_KIND = "a cache"
 # ids solved at once: bounds memory at any vocabulary
 TOKEN_BATCH = 8192
+# of a shard, which may be one long dialogue more
+SHARD_BYTES = 256 << 20
+Span = tuple[int, int]
+"""First row and the row behind the last."""
+
+
+class Rows:
+    """Shards one after another, memory-mapped, read as one array `[rows, K, C]`.
+
+    >>> rows = Rows([np.zeros((2, 1, 3)), np.ones((2, 1, 3))])
+    >>> rows.shape, rows[np.array([3, 0])][:, 0, 0].tolist()
+    ((4, 1, 3), [1.0, 0.0])
+    """
+
+    def __init__(self, shards: Sequence[np.ndarray]) -> None:
+        self.shards = shards
+        self._ends = np.cumsum([len(shard) for shard in shards])
+        self.shape = (int(self._ends[-1]), *shards[0].shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
+        """Return rows by their numbers, `[n]` to `[n, K, C]`."""
+        wanted = np.arange(len(self))[index] if isinstance(index, slice) else index
+        found = np.empty((len(wanted), *self.shape[1:]), dtype=np.float32)
+        place = np.searchsorted(self._ends, wanted, side="right")
+        for number in np.unique(place):
+            chosen = place == number
+            first = self._ends[number] - len(self.shards[number])
+            found[chosen] = self.shards[number][wanted[chosen] - first]
+        return found
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        return np.concatenate(list(self.shards)).astype(dtype or np.float32, copy=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContextCache:
     """An open cache."""
 
-    contexts: np.ndarray
+    contexts: Rows
     """`[rows, K, C]` float32, memory-mapped, read-only."""
     key: str
     """Fingerprint of weights, scope, solver and data."""
@@ -50,33 +98,43 @@ def _key(model: NewLLM, scope: str, data: str | None) -> str:
     return fingerprint(parts)
 
 
-def write_token_cache(folder: Path, model: NewLLM, advance: Advance) -> ContextCache:
-    """Solve every vocabulary id once and keep the delivered contexts, a row an id."""
+def write_token_cache(
+    folder: Path, model: NewLLM, advance: Advance, world: World | None = None
+) -> ContextCache:
+    """Solve every vocabulary id once and keep the delivered contexts, a row an id.
+
+    Raises:
+        DiskFullError: the rows would not fit.
+    """
     model.eval()
 
-    def parts() -> Iterator[np.ndarray]:
+    def rows(span: Span) -> Iterator[np.ndarray]:
         device = model.embedding.weight.device
-        for start in range(0, model.vocab_size, TOKEN_BATCH):
-            end = min(start + TOKEN_BATCH, model.vocab_size)
-            ids = torch.arange(start, end, device=device)
+        for start in range(*span, TOKEN_BATCH):
+            ids = torch.arange(start, min(start + TOKEN_BATCH, span[1]), device=device)
             yield model.search(ids).contexts.cpu().numpy()
-            advance(end - start)
 
-    return _write(folder, token_key(model), _shape(model, model.vocab_size), parts())
+    shape = _shape(model, model.vocab_size)
+    every = max(TOKEN_BATCH, _rows_of_a_shard(shape) // TOKEN_BATCH * TOKEN_BATCH)
+    spans = [(start, min(start + every, shape[0])) for start in range(0, shape[0], every)]
+    return _write(folder, token_key(model), shape, spans, rows, advance, world or World())
 
 
 def write_sequence_cache(
-    folder: Path, model: NewLLM, store: TokenStore, advance: Advance
+    folder: Path, model: NewLLM, store: TokenStore, advance: Advance, world: World | None = None
 ) -> ContextCache:
     """Read every dialogue from its start and keep the context after each position, in store order.
 
     Raises:
-        DiskFullError: the rows would not fit; nothing was written.
+        DiskFullError: the rows would not fit.
     """
     model.eval()
 
-    def parts() -> Iterator[np.ndarray]:
-        stream = SegmentStream(store, batch_size=1, segment_length=4096, seed=None)
+    def rows(span: Span) -> Iterator[np.ndarray]:
+        first, last = np.searchsorted(store.offsets, span)
+        stream = SegmentStream(
+            store.cut(int(first), int(last)), batch_size=1, segment_length=4096, seed=None
+        )
         context = model.initial_context(1)
         device = context.device
         for index in range(stream.num_segments):
@@ -85,13 +143,29 @@ def write_sequence_cache(
             starts = torch.from_numpy(segment.starts).to(device)
             with torch.no_grad():
                 _, contexts = model.stream_contexts(ids, context, starts=starts)
-            rows = torch.stack(contexts, dim=2)[0]
-            context = rows[None, -1]
-            yield rows[torch.from_numpy(segment.real[0])].cpu().numpy()
-            advance(int(segment.real.sum()))
+            found = torch.stack(contexts, dim=2)[0]
+            context = found[None, -1]
+            yield found[torch.from_numpy(segment.real[0])].cpu().numpy()
 
     shape = _shape(model, store.num_tokens)
-    return _write(folder, sequence_key(model, store), shape, parts())
+    spans = _dialogue_spans(store, _rows_of_a_shard(shape))
+    return _write(folder, sequence_key(model, store), shape, spans, rows, advance, world or World())
+
+
+def _dialogue_spans(store: TokenStore, every: int) -> list[Span]:
+    """Divide the rows of a store between dialogues, about `every` of them a span."""
+    spans: list[Span] = []
+    begin = 0
+    while begin < store.num_tokens:
+        place = int(np.searchsorted(store.offsets, begin + every))
+        end = int(store.offsets[min(place, store.num_dialogues)])
+        spans.append((begin, end))
+        begin = end
+    return spans
+
+
+def _rows_of_a_shard(shape: tuple[int, int, int]) -> int:
+    return max(1, SHARD_BYTES // (4 * shape[1] * shape[2]))
 
 
 def _shape(model: NewLLM, num_rows: int) -> tuple[int, int, int]:
@@ -110,20 +184,95 @@ def cache_bytes(model: NewLLM, num_rows: int) -> int:
 
 
 def _write(
-    folder: Path, key: str, shape: tuple[int, int, int], parts: Iterator[np.ndarray]
+    folder: Path,
+    key: str,
+    shape: tuple[int, int, int],
+    spans: list[Span],
+    rows: Callable[[Span], Iterator[np.ndarray]],
+    advance: Advance,
+    world: World,
 ) -> ContextCache:
-    require_space(folder.parent, 4 * int(np.prod(shape)))
-    with atomic_folder(folder) as part:
-        num_rows = 0
-        with (part / CONTEXTS).open("wb") as file:
-            for rows in parts:
-                file.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
-                num_rows += len(rows)
-        if num_rows != shape[0]:
-            raise AssertionError(f"cache of {shape[0]} rows was given {num_rows}")
-        meta = {"key": key, "shape": list(shape), "sha256": sha256(part / CONTEXTS)}
-        write_json(part / "cache.json", meta)
+    shards = folder.with_name(f".{folder.name}.shards")
+    names = [f"contexts-{number + 1:05d}-of-{len(spans):05d}.f32" for number in range(len(spans))]
+
+    def left() -> list[int]:
+        kept = [
+            _kept(shards, name, key, span, shape) for name, span in zip(names, spans, strict=True)
+        ]
+        todo = [number for number, is_kept in enumerate(kept) if not is_kept]
+        num_bytes = sum(spans[n][1] - spans[n][0] for n in todo) * 4 * shape[1] * shape[2]
+        require_space(folder.parent, num_bytes)
+        shards.mkdir(exist_ok=True)
+        return todo
+
+    todo = world.told(left)
+    advance(shape[0] - sum(spans[number][1] - spans[number][0] for number in todo))
+    for number in todo[world.rank :: world.size]:
+        _write_shard(shards / names[number], key, spans[number], shape, rows, advance)
+    world.wait()
+
+    def finish() -> None:
+        found = [
+            read_sealed(_side(shards / name), _KIND, version=FORMAT_VERSION, remedy=_again(folder))
+            for name in names
+        ]
+        listed = [{name: row[name] for name in ("file", "rows", "sha256")} for row in found]
+        write_sealed(
+            shards / _META, {"key": key, "shape": list(shape), "shards": listed},
+            version=FORMAT_VERSION,
+        )  # fmt: skip
+        for path in shards.iterdir():
+            if path.name not in (_META, *names):
+                path.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+        sync_rename(shards, folder)
+
+    world.told(finish)
     return open_cache(folder, key)
+
+
+def _side(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _kept(shards: Path, name: str, key: str, span: Span, shape: tuple[int, int, int]) -> bool:
+    """Return whether an earlier call has written a shard of this very cache."""
+    path = shards / name
+    try:
+        row = read_sealed(_side(path), _KIND, version=FORMAT_VERSION, remedy="")
+    except CheckpointError:
+        return False
+    size = 4 * (span[1] - span[0]) * shape[1] * shape[2]
+    same = row["key"] == key and row["rows"] == list(span)
+    return same and path.is_file() and path.stat().st_size == size
+
+
+def _write_shard(
+    path: Path,
+    key: str,
+    span: Span,
+    shape: tuple[int, int, int],
+    rows: Callable[[Span], Iterator[np.ndarray]],
+    advance: Advance,
+) -> None:
+    # whatever it was, it is not this shard
+    _side(path).unlink(missing_ok=True)
+    num_rows = 0
+    with atomic_file(path) as part:
+        with part.open("wb") as file:
+            for some in rows(span):
+                file.write(np.ascontiguousarray(some, dtype="<f4").tobytes())
+                num_rows += len(some)
+                advance(len(some))
+        checksum = sha256(part)
+    if num_rows != span[1] - span[0]:
+        raise AssertionError(f"shard {span} was given {num_rows} rows of {shape}")
+    values = {"file": path.name, "key": key, "rows": list(span), "sha256": checksum}
+    write_sealed(_side(path), values, version=FORMAT_VERSION)
+
+
+def _again(folder: Path) -> str:
+    return f"delete {folder} and run new-llm cache again"
 
 
 def open_cache(folder: Path, key: str) -> ContextCache:
@@ -131,24 +280,28 @@ def open_cache(folder: Path, key: str) -> ContextCache:
 
     Raises:
         StaleCacheError: it was built by other weights, another solver or other data.
-        DamagedCacheError: a file is missing, truncated or changed.
+        DamagedCacheError: a file is missing, truncated, changed, or another shard's.
     """
+    remedy = _again(folder)
     try:
-        meta: Any = read_json(folder / "cache.json", "a cache")
-        shape, found, checksum = tuple(meta["shape"]), meta["key"], meta["sha256"]
-    except (CheckpointError, KeyError, TypeError) as error:
-        raise DamagedCacheError(f"{error}; delete {folder} and run new-llm cache again") from None
-    if found != key:
+        meta = read_sealed(folder / _META, _KIND, version=FORMAT_VERSION, remedy=remedy)
+    except CheckpointError as error:
+        raise DamagedCacheError(str(error)) from None
+    if meta["key"] != key:
         raise StaleCacheError(
-            f"cache of model and data {key} expected, {folder} was built for {found}; "
+            f"cache of model and data {key} expected, {folder} was built for {meta['key']}; "
             "run new-llm cache again"
         )
-    path = folder / CONTEXTS
-    size = path.stat().st_size if path.is_file() else 0
-    if size != 4 * int(np.prod(shape)) or sha256(path) != checksum:
-        raise DamagedCacheError(
-            f"{path} must be {4 * int(np.prod(shape))} bytes with the checksum of cache.json, "
-            f"got {size} bytes or other content; delete {folder} and run new-llm cache again"
-        )
-    contexts = np.memmap(path, dtype="<f4", mode="r", shape=shape)
-    return ContextCache(contexts=contexts, key=key)
+    shards = []
+    for row in meta["shards"]:
+        path = folder / row["file"]
+        shape = (row["rows"][1] - row["rows"][0], *meta["shape"][1:])
+        wanted = 4 * int(np.prod(shape))
+        size = path.stat().st_size if path.is_file() else 0
+        if size != wanted or sha256(path) != row["sha256"]:
+            raise DamagedCacheError(
+                f"{path} must be {wanted} bytes with the checksum of {_META}, "
+                f"got {size} bytes or other content; {remedy}"
+            )
+        shards.append(np.memmap(path, dtype="<f4", mode="r", shape=shape))
+    return ContextCache(contexts=Rows(shards), key=key)

@@ -19,6 +19,8 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "tanh": torch.tanh}
 LARGEST_INITIAL_COUPLING = 0.95
 # singular directions that training follows: one alone is lost when another overtakes it
 FOLLOWED = 8
+# relative difference of singular values at which the smaller one has lost most of the gradient
+_ALIKE = 0.03
 
 Weights = tuple[Tensor, ...]
 
@@ -376,7 +378,7 @@ class ConvexCell(ContextCell):
         for weight, directions in self._coupled():
             if self.training and torch.is_grad_enabled():
                 self._follow(weight, directions)
-            norms.append((weight @ directions[:, 0].clone()).norm())
+            norms.append(_largest((weight @ directions.clone()).norm(dim=0)))
         if self.coupling_limit == 0.0:
             from_context = torch.zeros_like(self.from_context.weight)
             return from_context, self.to_delta.weight, self.to_delta.bias
@@ -444,6 +446,19 @@ class ConvexCell(ContextCell):
 
 
 @torch.no_grad()
+def _largest(values: Tensor) -> Tensor:
+    """Return the first of values, the largest; its gradient flows to all that are nearly as large.
+
+    Weights begin orthogonal, and a limit holds many singular values at one size. The derivative of
+    their maximum would jump from one to another with the last bit of a number; any mean of
+    derivatives of equal ones is as good, and this one does not jump.
+    """
+    with torch.no_grad():
+        share = torch.softmax((values / values[0].clamp(min=1e-30) - 1.0) / _ALIKE, dim=0)
+    mean = (share * values).sum()
+    return values[0].detach() + mean - mean.detach()
+
+
 def _signed_permutation_(weight: Tensor, *, gain: float) -> None:
     """Set rows of a scaled identity, shuffled, with random signs."""
     size = max(weight.shape)

@@ -9,7 +9,6 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,13 +24,26 @@ from .cell import ContextCell, ConvexCell, Weights
 from .config import ModelConfig, SolverConfig, fingerprint, from_dict, to_dict
 from .data import ChatTokenizer
 from .errors import CheckpointError, ConfigError
-from .files import atomic_folder, disk_error, read_json, recover_folder, sha256, write_json
+from .files import (
+    atomic_folder,
+    checksums,
+    disk_error,
+    read_json,
+    recover_folder,
+    require_files,
+    require_sealed,
+    write_json,
+    write_sealed,
+)
 from .measurements import pair_ratios, upper_factor
 from .model import LanguageModel, NewLLM, num_parameters
 from .stepper import Steppers
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 WEIGHTS = "model.safetensors"
+# the card is written again once a run is finished, and may be edited
+_UNSEALED = ("config.json", "README.md")
+_AGAIN = "copy or train the checkpoint again"
 # what our model is called inside of `NewLLMForCausalLM`
 _INSIDE = "model.network."
 # `modeling_new_llm` and all that it imports of this package
@@ -84,10 +96,9 @@ def save_checkpoint(folder: Path, model: NewLLM, tokenizer: ChatTokenizer) -> No
         write_card(part, contraction=rates, num_parameters=num_parameters(model))
         ends = {"eos_token_id": tokenizer.im_end_id, "pad_token_id": tokenizer.im_end_id}
         write_json(part / "generation_config.json", ends)
-        write_json(
+        write_sealed(
             part / "config.json",
             {
-                "format_version": FORMAT_VERSION,
                 "model_type": "new_llm",
                 "architectures": ["NewLLMForCausalLM"],
                 "auto_map": {
@@ -101,9 +112,10 @@ def save_checkpoint(folder: Path, model: NewLLM, tokenizer: ChatTokenizer) -> No
                 "model": to_dict(model.config),
                 "solver": to_dict(model.solver),
                 "tokenizer": tokenizer.fingerprint,
-                "weights_sha256": sha256(part / WEIGHTS),
+                "files": checksums(part, leave_out=_UNSEALED),
                 "contraction": rates,
             },
+            version=FORMAT_VERSION,
         )
 
 
@@ -139,12 +151,17 @@ def _search_map(
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
-    """Write every tensor of a model once; a shared read-out is not written twice."""
-    tensors = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    """Write every tensor of a model once."""
+    save_tensors(path, weight_tensors(model))
+
+
+def weight_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every tensor of a model by its name in a file; a shared read-out is there once."""
+    tensors = {name: value.detach() for name, value in model.state_dict().items()}
     if _shares_readout(model):
         del tensors["readout.weight"]
     inside = _INSIDE if isinstance(model, NewLLM) else ""
-    save_tensors(path, {inside + name: value for name, value in tensors.items()})
+    return {inside + name: value for name, value in tensors.items()}
 
 
 def _shares_readout(model: nn.Module) -> bool:
@@ -237,16 +254,14 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
             f"checkpoint format {FORMAT_VERSION} expected, {path} has {version}; "
             "load it with the version that wrote it"
         )
-    weights = path / WEIGHTS
     # transformers saved it where there is no checksum
-    written = config.get("weights_sha256")
-    if not weights.is_file() or (written is not None and sha256(weights) != written):
-        raise CheckpointError(
-            f"{weights} must match the checksum in config.json, but it is truncated or changed; "
-            "copy or train the checkpoint again"
-        )
+    written = any(config.get(name) is not None for name in ("files", "checksum"))
+    if written:
+        kind = "a checkpoint's config"
+        require_sealed(path / "config.json", config, kind, version=version, remedy=_AGAIN)
+        require_files(path, config["files"], remedy=_AGAIN)
     tokenizer = ChatTokenizer.load(path)
-    same = written is None or tokenizer.fingerprint == config["tokenizer"]
+    same = not written or tokenizer.fingerprint == config["tokenizer"]
     if tokenizer.vocab_size != config["vocab_size"] or not same:
         raise CheckpointError(
             f"the checkpoint's own tokenizer expected ({config['vocab_size']} tokens, "
@@ -262,8 +277,8 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         model = NewLLM(model_config, config["vocab_size"], solver)
     # what was saved is exact: to compute it again would round it otherwise on another machine
     model.eval()
-    load_weights(weights, model)
-    if written is None:
+    load_weights(path / WEIGHTS, model)
+    if not written:
         # transformers saves it in training too
         model.train().eval()
     else:
@@ -289,80 +304,3 @@ def _check_contraction(path: Path, found: list[dict[str, float]], written: Any) 
                     f"{name} of {then[name]:.4f} is written in {path} for block {k + 1}, its "
                     f"weights have {value:.4f}; the checkpoint was changed, train or copy it again"
                 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingState:
-    """What an interrupted Phase 2 needs to go on: tensors by name, and plain values."""
-
-    tensors: dict[str, Tensor]
-    values: dict[str, Any]
-
-
-def save_training_state(
-    folder: Path,
-    model: nn.Module,
-    optimisers: Sequence[torch.optim.Optimizer],
-    state: TrainingState,
-) -> None:
-    """Write weights, optimisers' tensors and random state as safetensors, values as JSON."""
-    optimiser_tensors = {
-        f"{which}.{index}.{name}": value.detach().cpu().reshape(value.shape).clone().contiguous()
-        for which, optimiser in enumerate(optimisers)
-        for index, slots in optimiser.state_dict()["state"].items()
-        for name, value in slots.items()
-        if isinstance(value, Tensor)
-    }
-    with atomic_folder(folder) as part:
-        save_weights(part / WEIGHTS, model)
-        save_tensors(part / "optimiser.safetensors", optimiser_tensors)
-        others = {f"extra.{name}": value for name, value in state.tensors.items()}
-        save_tensors(part / "extra.safetensors", others | {"random": torch.get_rng_state()})
-        write_json(part / "state.json", state.values)
-
-
-def read_training_values(folder: Path) -> dict[str, Any]:
-    """Return the plain values of an unfinished training.
-
-    Raises:
-        CheckpointError: they are missing or damaged.
-    """
-    try:
-        return dict(read_json(folder / "state.json", "a training state"))
-    except CheckpointError as error:
-        raise _without_state(folder, error) from None
-
-
-def _without_state(folder: Path, error: CheckpointError) -> CheckpointError:
-    first = str(error).rpartition(";")[0]
-    return CheckpointError(f"{first}; delete {folder} to begin Phase 2 again")
-
-
-def load_training_state(
-    folder: Path, model: nn.Module, optimisers: Sequence[torch.optim.Optimizer]
-) -> TrainingState | None:
-    """Put back what `save_training_state` wrote; None where there is nothing yet.
-
-    Raises:
-        CheckpointError: a file is damaged; delete the folder to train that phase again.
-    """
-    recover_folder(folder)
-    if not folder.is_dir():
-        return None
-    values = read_training_values(folder)
-    try:
-        load_weights(folder / WEIGHTS, model)
-        saved = load_tensors(folder / "optimiser.safetensors", "an optimiser state")
-        extra = load_tensors(folder / "extra.safetensors", "a training state")
-    except CheckpointError as error:
-        raise _without_state(folder, error) from None
-    for which, optimiser in enumerate(optimisers):
-        slots: dict[int, dict[str, Tensor]] = {}
-        for name, value in saved.items():
-            of, index, slot = name.split(".", 2)
-            if int(of) == which:
-                slots.setdefault(int(index), {})[slot] = value
-        optimiser.load_state_dict(optimiser.state_dict() | {"state": slots})
-    torch.set_rng_state(extra.pop("random"))
-    tensors = {name.removeprefix("extra."): value for name, value in extra.items()}
-    return TrainingState(tensors=tensors, values=values)

@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import tyro
 
 from .config import PRESETS, RunConfig, SampleConfig, preset
-from .console import Console, discard_output
-from .errors import ConfigError, DiskFullError, NewLLMError
+from .console import Console, discard_output, is_main_process
+from .errors import ConfigError, DiskFullError, NewLLMError, NonFiniteError
 
 Options = TypeVar("Options")
 
@@ -41,6 +41,8 @@ class RunOptions:
     track: str = "auto"
     """Who else is handed the run's numbers: tensorboard, wandb, trackio, mlflow, ..., commas join
     several; auto is TensorBoard where it is installed; none."""
+    fsdp: bool = False
+    """Of several processes, each keeps a part of the model in Phase 2: for large vocabularies."""
     config: Annotated[RunConfig, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=RunConfig
     )
@@ -229,18 +231,21 @@ def _run(options: RunOptions) -> None:
 
     console = Console(quiet=options.quiet)
     trackers = chosen_trackers(options.track)
-    result = run(options.config, options.out, console=console, trackers=trackers)
-    show_result(result, options.out, console)
+    result = run(
+        options.config, options.out, console=console, trackers=trackers, sharded=options.fsdp
+    )
+    if is_main_process():
+        show_result(result, options.out, console)
 
 
 @contextlib.contextmanager
 def _stages(options: RunOptions) -> Iterator[Any]:
     """Yield the run whose stages are asked for."""
-    from .pipeline import tracked
+    from .pipeline import opened
     from .tracking import chosen_trackers
 
     console, trackers = Console(quiet=options.quiet), chosen_trackers(options.track)
-    with tracked(options.config, options.out, console, trackers) as job:
+    with opened(options.config, options.out, console, trackers, sharded=options.fsdp) as job:
         yield job
 
 
@@ -292,6 +297,8 @@ def show_convergence(convergence: dict[str, Any], console: Console) -> None:
 def _phase1(options: RunOptions) -> None:
     with _stages(options) as job:
         found = job.phase1()
+    if not is_main_process():
+        return
     show_convergence(found["convergence"], job.console)
     job.console.show(f"verdict after Phase 1: {found['verdict']['token']['verdict']}")
 
@@ -698,12 +705,16 @@ def _call(name: str, arguments: Sequence[str]) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     except NewLLMError as error:
-        print(f"new-llm: {error}", file=sys.stderr)
+        # what all processes of a run find, one of them says
+        found_by_all = isinstance(error, ConfigError | NonFiniteError)
+        if not error.said and (is_main_process() or not found_by_all):
+            print(f"new-llm: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         goes_on = command is not None and command.resumes
         then = "the same command goes on from here" if goes_on else "nothing was written"
-        print(f"new-llm: interrupted; {then}", file=sys.stderr)
+        if is_main_process():
+            print(f"new-llm: interrupted; {then}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         raise

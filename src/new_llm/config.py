@@ -394,6 +394,20 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SnapshotConfig:
+    """Which models of Phase 2 are kept beside the last, in `DIR/snapshots`."""
+
+    best: bool = False
+    """That of the lowest loss on held-out dialogues while training."""
+    every: int | None = None
+    """One each so many steps; none keeps none."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _require(self, "every", self.every is None or self.every >= 1, "at least 1, or none")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that decides the result of a run.
 
@@ -414,6 +428,8 @@ class RunConfig:
     """Training of the cell."""
     phase2: Phase2Config = field(default_factory=Phase2Config)
     """Training of next-token prediction."""
+    snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
+    """Models that are kept on the way."""
     sample: SampleConfig = field(default_factory=SampleConfig)
     """The sample text of a run."""
     gate: Literal["strict", "seed"] = "strict"
@@ -438,6 +454,7 @@ _SECTION = {
     "SolverConfig": "solver.",
     "Phase1Config": "phase1.",
     "Phase2Config": "phase2.",
+    "SnapshotConfig": "snapshots.",
     "SampleConfig": "sample.",
 }
 

@@ -23,6 +23,11 @@ from rich.text import Text
 _FILE_COLUMNS = 140
 
 
+def is_main_process() -> bool:
+    """Return whether this process speaks and writes: the first that a launcher began, or alone."""
+    return os.environ.get("RANK", "0") in ("", "0")
+
+
 class Advance(Protocol):
     """Moves a progress bar and says how things stand."""
 

@@ -9,7 +9,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,17 @@ class TokenStore:
     def dialogue(self, index: int) -> np.ndarray:
         """Return the token ids of one dialogue."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    def cut(self, first: int, last: int) -> "TokenStore":
+        """Return the dialogues `first` to `last`, without the last, as a store."""
+        begin, end = int(self.offsets[first]), int(self.offsets[last])
+        return replace(
+            self,
+            tokens=self.tokens[begin:end],
+            assistant=self.assistant[begin:end],
+            offsets=self.offsets[first : last + 1] - begin,
+            num_content_bytes=self.num_content_bytes[first:last],
+        )
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
         """Return how often each id occurs, int64 `[V]`."""
@@ -385,15 +396,16 @@ class SegmentStream:
         self._ends = [np.cumsum(lengths[lane]) for lane in self._lanes]
         self._epoch = epoch
 
-    def segment(self, epoch: int, index: int) -> Segment:
-        """Return one segment of an epoch."""
+    def segment(self, epoch: int, index: int, lanes: slice = slice(None)) -> Segment:
+        """Return one segment of an epoch, of all lanes or of some."""
         self._lay_out(epoch)
         store = self.store
-        shape = (self.batch_size, self.segment_length)
+        mine = list(zip(self._lanes, self._ends, strict=True))[lanes]
+        shape = (len(mine), self.segment_length)
         rows = np.zeros(shape, dtype=np.int64)
         real, starts, counts = (np.zeros(shape, dtype=bool) for _ in range(3))
         wanted = np.arange(index * self.segment_length, (index + 1) * self.segment_length)
-        for lane, (dialogues, ends) in enumerate(zip(self._lanes, self._ends, strict=True)):
+        for lane, (dialogues, ends) in enumerate(mine):
             inside = wanted[wanted < (ends[-1] if len(ends) else 0)]
             if not len(inside):
                 continue

@@ -5,6 +5,8 @@ class NewLLMError(Exception):
     """Base of every error that a user can meet; the command line prints it without a traceback."""
 
     exit_code = 2
+    said = False
+    """Whether another process of the same run says it."""
 
 
 class ConfigError(NewLLMError):
@@ -43,3 +45,7 @@ class NonFiniteError(StoppedError):
 
 class DiskFullError(StoppedError):
     """There is no room left for what must be written."""
+
+
+class LostProcessError(StoppedError):
+    """Another process of the same run is gone."""

@@ -17,6 +17,7 @@ from .cell import ContextCell, ConvexCell, Weights
 from .config import SolverConfig
 from .console import Advance
 from .data import Segment, SegmentStream, TokenStore, held_out_ids
+from .distributed import World
 from .doctor import (
     THRESHOLDS,
     Diagnosis,
@@ -74,24 +75,13 @@ class Evaluation:
 def head(store: TokenStore, num_tokens: int) -> TokenStore:
     """Return the first whole dialogues of a store that hold about `num_tokens`."""
     count = int(np.searchsorted(store.offsets[1:], num_tokens)) + 1
-    return _cut(store, 0, min(count, store.num_dialogues))
+    return store.cut(0, min(count, store.num_dialogues))
 
 
 def _parts(store: TokenStore, num_dialogues: int) -> Iterator[TokenStore]:
     """Yield a store in parts of so many dialogues."""
     for first in range(0, store.num_dialogues, num_dialogues):
-        yield _cut(store, first, min(first + num_dialogues, store.num_dialogues))
-
-
-def _cut(store: TokenStore, first: int, last: int) -> TokenStore:
-    begin, end = int(store.offsets[first]), int(store.offsets[last])
-    return replace(
-        store,
-        tokens=store.tokens[begin:end],
-        assistant=store.assistant[begin:end],
-        offsets=store.offsets[first : last + 1] - begin,
-        num_content_bytes=store.num_content_bytes[first:last],
-    )
+        yield store.cut(first, min(first + num_dialogues, store.num_dialogues))
 
 
 @torch.no_grad()
@@ -103,16 +93,18 @@ def evaluate(
     segment_length: int | None = 512,
     engine: Engine | Literal["auto"] = "auto",
     advance: Advance | None = None,
+    world: World | None = None,
 ) -> Evaluation:
     """Return the losses of a model on all dialogues of a store, contexts carried, dropout off.
 
     Memory does not grow with the length of a dialogue: segments follow one another, and their
     contexts are carried. Without a `segment_length` every dialogue is read whole, for models that
-    carry nothing.
+    carry nothing. Several processes take a share of the dialogues each, and all get the same.
 
     Raises:
         DataError: no token can be predicted.
     """
+    world = world or World()
     was_training = model.training
     model.eval()
     device = model.embedding.weight.device
@@ -120,7 +112,9 @@ def evaluate(
     read = _Engined(model, engine) if isinstance(model, NewLLM) else model
     nats = assistant_nats = 0.0
     count = assistant_count = correct = 0
-    for segment, fresh in _segments(store, batch_size, segment_length):
+    share = world.share(store.num_dialogues)
+    mine = store.cut(share.start, share.stop)
+    for segment, fresh in _segments(mine, batch_size, segment_length):
         if fresh:
             context = model.initial_context(len(segment.tokens))
         ids, targets, counts, starts, real, assistant = (
@@ -152,6 +146,9 @@ def evaluate(
         if advance is not None:
             advance(int(segment.real.sum()))
     model.train(was_training)
+    sums = [nats, assistant_nats, count, assistant_count, correct]
+    nats, assistant_nats, *counted = world.total(torch.tensor(sums, dtype=torch.float64)).tolist()
+    count, assistant_count, correct = map(round, counted)
     if count == 0:
         raise DataError("at least one token to predict expected, got none; give longer dialogues")
     num_bytes = int(store.num_content_bytes.sum())
@@ -171,8 +168,8 @@ def _segments(
     store: TokenStore, batch_size: int, segment_length: int | None
 ) -> Iterator[tuple[Segment, bool]]:
     """Yield segments of a store, and whether nothing is carried into them."""
-    parts = [store] if segment_length is not None else _parts(store, batch_size)
-    for part in parts:
+    whole = segment_length is not None and store.num_dialogues > 0
+    for part in [store] if whole else _parts(store, batch_size):
         lanes = min(batch_size, part.num_dialogues)
         # as many lanes as dialogues: each has one, whole
         length = segment_length or int(np.diff(part.offsets).max())

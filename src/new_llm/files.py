@@ -1,6 +1,7 @@
 """Writing so that nothing is ever half-written: temporary name, sync, rename; and checksums."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -48,6 +49,31 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a path that becomes `path`, in place of what was there, if all goes well.
+
+    Raises:
+        DiskFullError: there was no room; the file is as it was.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        _sync(part)
+        sync_rename(part, path)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sync_rename(source: Path, target: Path) -> None:
+    """Rename, so that it lasts."""
+    source.replace(target)
+    _sync(target.parent)
+
+
 def recover_folder(target: Path) -> None:
     """Put back the folder that an interrupted swap had moved aside."""
     old = target.with_name(f".{target.name}.old")
@@ -61,15 +87,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         DiskFullError: there was no room; the file is as it was.
     """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as part:
         part.write_text(text, encoding="utf-8")
-        _sync(part)
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise disk_error(error, path) from error
 
 
 def require_file(path: Path) -> None:
@@ -112,6 +131,147 @@ def read_json(path: Path, kind: str) -> Any:
         ) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{kind} expected, but {path} is damaged ({error})") from None
+
+
+def write_sealed(path: Path, values: dict[str, Any], *, version: int) -> None:
+    """Write a record with the version of its format and a checksum of itself."""
+    write_json(path, sealed(values, version=version))
+
+
+def sealed(values: dict[str, Any], *, version: int) -> dict[str, Any]:
+    """Return a record with the version of its format and a checksum of all of it.
+
+    >>> sealed({"step": 3}, version=1)["checksum"] == sealed({"step": 4}, version=1)["checksum"]
+    False
+    """
+    record = {"format_version": version, **values}
+    return {**record, "checksum": _checksum(record)}
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    # as it is read again: keys are text, and tuples lists
+    plain = json.loads(json.dumps({k: v for k, v in record.items() if k != "checksum"}))
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_sealed(path: Path, kind: str, *, version: int, remedy: str) -> dict[str, Any]:
+    """Read a record that `write_sealed` wrote.
+
+    Raises:
+        CheckpointError: it is missing, damaged, changed or of another format; `kind` says what it
+            should have been, `remedy` what to do.
+    """
+    try:
+        record = read_json(path, kind)
+    except CheckpointError as error:
+        raise CheckpointError(f"{str(error).partition(';')[0]}; {remedy}") from None
+    require_sealed(path, record, kind, version=version, remedy=remedy)
+    return record
+
+
+def require_sealed(path: Path, record: Any, kind: str, *, version: int, remedy: str) -> None:
+    """Check the format and the checksum of a record that was read from `path`.
+
+    Raises:
+        CheckpointError: they are not what they were.
+    """
+    found = record.get("format_version") if isinstance(record, dict) else None
+    if found != version or isinstance(found, bool):
+        raise CheckpointError(
+            f"{kind} of format {version} expected, {path} has {found}; {remedy}, or use the "
+            "version that wrote it"
+        )
+    try:
+        same = record.get("checksum") == _checksum(record)
+    except (RecursionError, ValueError):
+        same = False
+    if not same:
+        raise CheckpointError(
+            f"{kind} expected as it was written, but {path} does not match its own checksum; "
+            f"{remedy}"
+        )
+
+
+def checksums(folder: Path, *, leave_out: tuple[str, ...] = ()) -> dict[str, str]:
+    """Return the SHA-256 of each file of a folder, but of some, by its name."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    return {name: sha256(path) for name, path in names.items() if name not in leave_out}
+
+
+def require_files(folder: Path, wanted: Any, *, remedy: str) -> None:
+    """Check that files are there and hold what they held.
+
+    Raises:
+        CheckpointError: one is missing, truncated or changed; it is named.
+    """
+    for name, checksum in wanted.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} expected, but it is missing; {remedy}")
+        if sha256(path) != checksum:
+            raise CheckpointError(
+                f"{path} must match its checksum, but it is truncated or changed; {remedy}"
+            )
+
+
+def write_manifest(path: Path, values: dict[str, Any], *, version: int) -> None:
+    """Write a sealed record that holds the checksums of all other files of its folder."""
+    files = checksums(path.parent, leave_out=(path.name,))
+    write_sealed(path, {**values, "files": files}, version=version)
+
+
+def read_manifest(path: Path, kind: str, *, version: int, remedy: str) -> dict[str, Any]:
+    """Read what `write_manifest` wrote, and check every file that it names.
+
+    Raises:
+        CheckpointError: it, or one of the files, is missing, damaged or changed.
+    """
+    record = read_sealed(path, kind, version=version, remedy=remedy)
+    require_files(path.parent, record["files"], remedy=remedy)
+    return record
+
+
+def tidy(folder: Path) -> None:
+    """Take away what a killed process left half-written in a folder, and put back what it moved.
+
+    Only for a folder in which no other process writes.
+    """
+    for path in sorted(folder.rglob(".*.old"), reverse=True):
+        target = path.with_name(path.name[1:].removesuffix(".old"))
+        if target.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.rename(target)
+    for path in sorted(folder.rglob(".*.part"), reverse=True):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; the lock is on the folder itself and leaves no file.
+
+    Raises:
+        CheckpointError: another process works in it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"one process at a time may work in {folder}, another one does; "
+                "wait for it, or choose a new --out"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sha256(path: Path) -> str:

@@ -53,7 +53,7 @@ class NewLLMPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save as transformers does; a checksum and rates of other weights are not kept."""
-        for name in ("weights_sha256", "contraction"):
+        for name in ("files", "checksum", "contraction"):
             if hasattr(self.config, name):
                 setattr(self.config, name, None)
         super().save_pretrained(save_directory, *args, **kwargs)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .distributed import divided_as, whole
+
 # of x, x^3, x^5: as steep at 0 as a quintic can be that stays near 1
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 
@@ -89,13 +91,14 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     alike[parameter.shape].append(parameter)
             for shape, parameters in alike.items():
-                directions = [self._direction(p, group["momentum"]) for p in parameters]
+                # a matrix that is divided among processes is turned whole: there are few, and small
+                directions = [whole(self._direction(p, group["momentum"])) for p in parameters]
                 wide = torch.bfloat16 if fast_bfloat16(parameters[0].device) else torch.float32
                 moved = orthogonalised(torch.stack(directions).to(wide)).to(directions[0].dtype)
                 rate = 0.2 * math.sqrt(max(shape)) * group["lr"]
                 for parameter, direction in zip(parameters, moved, strict=True):
                     parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-                    parameter.add_(direction, alpha=-rate)
+                    parameter.add_(divided_as(direction, parameter), alpha=-rate)
 
     def _direction(self, parameter: nn.Parameter, momentum: float) -> Tensor:
         assert parameter.grad is not None

@@ -4,14 +4,15 @@
               -> sample text -> report
 
 Every stage leaves its result in the run's folder before the next one begins, so that the same
-command goes on where the last one stopped.
+command goes on where the last one stopped. Of several processes all take the same way through the
+stages; one of them reads dialogues, judges, and writes all but the shards of the cache.
 """
 
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,14 @@ import torch
 
 from . import cache, phase1, phase2
 from .card import write_card
-from .checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    read_training_values,
-    save_checkpoint,
-    weights_fingerprint,
-)
+from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint, weights_fingerprint
 from .config import SEEDS, ModelConfig, RunConfig, to_dict
 from .console import Console
 from .counts import KneserNey
 from .data import Prepared, held_out_ids, prepare
+from .distributed import World, joined
 from .doctor import THRESHOLDS
-from .errors import CheckpointError, ConfigError, DataError, GateError
+from .errors import CheckpointError, ConfigError, DataError, GateError, StaleCacheError
 from .evaluate import (
     evaluate,
     portraits,
@@ -41,17 +37,20 @@ from .evaluate import (
     token_verdict,
     verdict_dict,
 )
-from .files import disk_error, read_json, write_json, write_text
+from .files import alone, disk_error, require_space, sha256, tidy, write_sealed
 from .generate import Conversation
 from .model import NewLLM, num_parameters
-from .records import open_folder, read_history
+from .records import FORMAT_VERSION, RunFolder, open_folder
 from .report import write_report
+from .resume import Keeper, synced_length
 from .tracking import Tracking
 
 # dialogues whose convergence is shown one by one
 _SHOWN_DIALOGUES = 10
 # conversations of the sample text, their turns, and dialogues that they are chosen from
 _NUM_SAMPLES, _NUM_TURNS, _LOOKED_AT = 3, 3, 50
+# between the random seeds of processes
+_RANK_STRIDE = 1_000_003
 _SEEDS_METRIC = "mse < 0.01"
 _STAGES = ("prepare", "phase1", "cache", "phase2", "evaluate")
 
@@ -79,18 +78,47 @@ class Run:
     """One run in its folder; each method is a stage that is done at most once."""
 
     def __init__(
-        self, config: RunConfig, out: Path, console: Console, tracking: Tracking | None = None
+        self,
+        config: RunConfig,
+        out: Path,
+        console: Console,
+        tracking: Tracking | None = None,
+        *,
+        world: World | None = None,
+        device: torch.device | None = None,
+        sharded: bool = False,
     ) -> None:
         self.config = config
         self.console = console
         self.tracking = tracking
-        self.device = choose_device(config.device)
-        self.folder = open_folder(out, config)
+        self.world = world or World()
+        self.device = choose_device(config.device) if device is None else device
+        self.sharded = sharded
+        self.world.told(lambda: open_folder(out, config) and None)
+        self.folder = RunFolder(path=out)
+        self.keeper = Keeper(
+            self.folder.training,
+            seconds=config.phase2.checkpoint_seconds,
+            world=self.world,
+            owner=config.fingerprint(),
+            length=lambda: synced_length(self.folder.history),
+        )
         self._prepared: Prepared | None = None
 
+    def tidy(self) -> None:
+        """Take away what a killed process left, and what it wrote of work that is done again."""
+        self.world.told(lambda: tidy(self.folder.path))
+
     def _stage(self, name: str) -> dict[str, Any] | None:
-        path = self.folder.stages / f"{name}.json"
-        return read_json(path, f"the result of stage {name}") if path.exists() else None
+        """Return the result of a stage, on all processes alike; None where it is not finished."""
+
+        def read() -> dict[str, Any] | None:
+            path = self.folder.stage(name)
+            if not path.exists():
+                return None
+            return self.folder.read(path, f"the result of stage {name}")
+
+        return self.world.told(read)
 
     @contextmanager
     def _recorded(self, name: str, begun: float | None = None) -> Iterator[dict[str, Any]]:
@@ -99,9 +127,11 @@ class Run:
         result: dict[str, Any] = {}
         yield result
         result["seconds"] = round(time.monotonic() - begun, 3)
-        write_json(self.folder.stages / f"{name}.json", result)
+        self.world.told(lambda: self.folder.write(self.folder.stage(name), result))
 
     def _log(self, row: dict[str, Any]) -> None:
+        if not self.world.is_main:
+            return
         try:
             with self.folder.history.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -110,11 +140,26 @@ class Run:
         if self.tracking is not None:
             self.tracking.log(row)
 
-    def _truncate_history(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Drop rows of work that will be done again."""
-        rows = [row for row in read_history(self.folder.history) if keep(row)]
-        if self.folder.history.exists():
-            write_text(self.folder.history, "".join(json.dumps(row) + "\n" for row in rows))
+    def _cut_history(self, length: int) -> None:
+        """Drop rows of work that will be done again: all behind so many bytes.
+
+        Raises:
+            CheckpointError: the history is shorter.
+        """
+
+        def cut() -> None:
+            path = self.folder.history
+            found = synced_length(path)
+            if found < length:
+                raise CheckpointError(
+                    f"{path} must have {length} bytes at least, as when the training's state was "
+                    f"kept, got {found}; put it back, or delete {self.folder.training}"
+                )
+            if found > length:
+                with path.open("rb+") as file:
+                    file.truncate(length)
+
+        self.world.told(cut)
 
     def prepare(self) -> Prepared:
         """Tokenise the dialogues, or open what an earlier call left."""
@@ -122,17 +167,23 @@ class Run:
             return self._prepared
         done = self._stage("prepare")
         begun = time.monotonic()
-        with self.console.track("tokenising dialogues", None) as advance:
-            try:
-                prepared = prepare(
-                    self.config.data,
-                    self.folder.data,
-                    progress=lambda what, count: advance(count, what),
-                )
-            except DataError:
-                if done is None:
-                    self._give_back()
-                raise
+
+        def read() -> None:
+            with self.console.track("tokenising dialogues", None) as advance:
+                try:
+                    prepare(
+                        self.config.data,
+                        self.folder.data,
+                        progress=lambda what, count: advance(count, what),
+                    )
+                except DataError:
+                    if done is None:
+                        self._give_back()
+                    raise
+
+        # one process reads dialogues, all open what it wrote
+        self.world.told(read)
+        prepared = prepare(self.config.data, self.folder.data)
         if done is None:
             with self._recorded("prepare", begun) as result:
                 result |= {
@@ -187,10 +238,19 @@ class Run:
         """
         done = self._stage("phase1")
         if done is None:
-            self._truncate_history(lambda row: False)
             done = self._train_phase1()
         self._check_gate(done)
         return done
+
+    def _begin(self, phase: str) -> None:
+        """Go back to where the state that is kept of a phase stands, or to its beginning."""
+        kept = self.keeper.values()
+        if kept is not None and kept["phase"] == phase:
+            self._cut_history(kept["history"])
+            self.console.say(f"goes on after {kept['at']}")
+            return
+        before = self._stage("phase1") if phase == "phase2" else None
+        self._cut_history(0 if before is None else before["history_bytes"])
 
     def _train_phase1(self) -> dict[str, Any]:
         config, prepared = self.config, self.prepare()
@@ -205,7 +265,11 @@ class Run:
             seen = np.setdiff1d(np.flatnonzero(counts.numpy()), held_out)
             ids = torch.from_numpy(seen).to(self.device)
             dialogues = self._first_dialogues(held_out)
-            self.console.say("verdict before training: " + token_verdict(model).verdict)
+            kept = self.keeper.values()
+            self._begin("phase1")
+            if kept is None:
+                untrained = self.world.told(lambda: token_verdict(model).verdict)
+                self.console.say(f"verdict before training: {untrained}")
             phase1.train(
                 model,
                 ids,
@@ -214,20 +278,33 @@ class Run:
                 seed=config.seed,
                 console=self.console,
                 log=self._log,
+                keeper=self.keeper,
             )
-            result |= self._convergence(model, counts)
-            token = token_verdict(model)
-            sequence = None
-            if config.model.scope == "sequence":
-                sequence = sequence_verdict(model, prepared.valid, trained=False)
-            result["verdict"] = verdict_dict(token, sequence)
-            result["portraits"] = portraits(token, sequence, counts)
-            result["weights"] = weights_fingerprint(model)
-            save_checkpoint(self.folder.phase1_checkpoint, model, prepared.tokenizer)
+
+            def judged() -> dict[str, Any]:
+                found = self._convergence(model, counts)
+                token, sequence = token_verdict(model), None
+                if config.model.scope == "sequence":
+                    sequence = sequence_verdict(model, prepared.valid, trained=False)
+                save_checkpoint(self.folder.phase1_checkpoint, model, prepared.tokenizer)
+                return {
+                    **found,
+                    "verdict": verdict_dict(token, sequence),
+                    "portraits": portraits(token, sequence, counts),
+                    "weights": weights_fingerprint(model),
+                    "history_bytes": synced_length(self.folder.history),
+                }
+
+            result |= self.world.told(judged)
+        self._forget_training()
         rate = result["convergence"][_SEEDS_METRIC]["convergence_rate"]
         verdict = result["verdict"]["token"]["verdict"]
         self.console.say(f"{rate:.1%} of tokens converged by {_SEEDS_METRIC}, verdict {verdict}")
         return result
+
+    def _forget_training(self) -> None:
+        """Take away the state of a phase whose result is kept."""
+        self.world.told(lambda: shutil.rmtree(self.folder.training, ignore_errors=True))
 
     def _first_dialogues(self, held_out: np.ndarray) -> list[np.ndarray]:
         """Return the first dialogues, cut to one sequence, without held-out ids."""
@@ -278,17 +355,24 @@ class Run:
         per_position = self.config.phase2.freeze_context and self.config.model.scope == "sequence"
         train = self.prepare().train
         key = cache.sequence_key(model, train) if per_position else cache.token_key(model)
-        # a cache that was deleted is written again; a damaged or stale one is refused
-        if self._stage("cache") is not None and self.folder.cache.exists():
-            return cache.open_cache(self.folder.cache, key)
+        done = self._stage("cache")
+        exists = self.world.told(lambda: self.folder.cache.exists())
+        if exists:
+            # a cache that was deleted is written again; a damaged or stale one is refused
+            try:
+                return cache.open_cache(self.folder.cache, key)
+            except StaleCacheError:
+                if done is not None:
+                    raise
         num_rows = train.num_tokens if per_position else model.vocab_size
         size = cache.cache_bytes(model, num_rows)
         self.console.say(f"cache: {num_rows:,} rows, {size / 1e6:,.1f} MB")
         with self._recorded("cache") as result, self.console.track("cache", num_rows) as advance:
+            folder, world = self.folder.cache, self.world
             if per_position:
-                written = cache.write_sequence_cache(self.folder.cache, model, train, advance)
+                written = cache.write_sequence_cache(folder, model, train, advance, world)
             else:
-                written = cache.write_token_cache(self.folder.cache, model, advance)
+                written = cache.write_token_cache(folder, model, advance, world)
             result |= {"num_rows": num_rows, "num_bytes": size, "key": key}
         return written
 
@@ -296,16 +380,14 @@ class Run:
         """Train next-token prediction from the model of Phase 1."""
         written = self.cache()
         if self._stage("phase2") is not None:
+            self._forget_training()
             return
         config, prepared = self.config, self.prepare()
         model = self._load_phase1()
-        training = self.folder.training
-        step = read_training_values(training)["step"] if training.is_dir() else 0
-        self._truncate_history(lambda row: row["stage"].startswith("phase1") or row["step"] <= step)
-        if step:
-            self.console.say(f"phase 2 goes on after step {step}")
+        self._begin("phase2")
         with self._recorded("phase2") as result:
-            torch.manual_seed(config.seed + 1)
+            # what dropout draws is of this process's lanes
+            torch.manual_seed(config.seed + 1 + _RANK_STRIDE * self.world.rank)
             trained = phase2.train(
                 model,
                 phase2.Phase2Data(
@@ -317,19 +399,41 @@ class Run:
                 config.phase2,
                 seed=config.seed,
                 phase1=config.phase1,
-                folder=self.folder.training,
                 console=self.console,
                 log=self._log,
+                keeper=self.keeper,
+                snapshots=phase2.Snapshots(
+                    keep=self._keep_snapshot,
+                    best=config.snapshots.best,
+                    every=config.snapshots.every,
+                ),
+                sharded=self.sharded,
             )
+            model = trained.model
+            assert isinstance(model, NewLLM)
             model.eval()
-            save_checkpoint(self.folder.checkpoint, model, prepared.tokenizer)
-            result |= {
-                "num_steps": trained.num_steps,
-                "tokens_seen": trained.tokens_seen,
-                "drift": trained.drift,
-                "weights": weights_fingerprint(model),
-            }
-        shutil.rmtree(self.folder.training, ignore_errors=True)
+
+            def kept() -> dict[str, Any]:
+                save_checkpoint(self.folder.checkpoint, model, prepared.tokenizer)
+                synced_length(self.folder.history)
+                return {
+                    "num_steps": trained.num_steps,
+                    "tokens_seen": trained.tokens_seen,
+                    "drift": trained.drift,
+                    "weights": weights_fingerprint(model),
+                    "history": sha256(self.folder.history),
+                }
+
+            result |= self.world.told(kept)
+        self._forget_training()
+
+    def _keep_snapshot(self, name: str, model: NewLLM, about: dict[str, Any]) -> None:
+        """Write a model of Phase 2 as a checkpoint of its own."""
+        folder = self.folder.snapshots / name
+        size = sum(tensor.nbytes for tensor in model.state_dict().values())
+        require_space(self.folder.path, size)
+        save_checkpoint(folder, model, self.prepare().tokenizer)
+        write_sealed(folder / "snapshot.json", about, version=FORMAT_VERSION)
 
     def finish(self) -> dict[str, Any]:
         """Judge and evaluate the final model, write text, result and report."""
@@ -345,21 +449,25 @@ class Run:
                         prepared.valid,
                         segment_length=config.data.sequence_length,
                         advance=advance,
+                        world=self.world,
                     )
-                bigram = KneserNey(prepared.train, model.vocab_size, 2).loss(prepared.valid)
-                token = token_verdict(model)
-                sequence = None
-                if config.model.scope == "sequence":
-                    sequence = sequence_verdict(model, prepared.valid, trained=True)
-                counts = torch.from_numpy(prepared.train.token_counts(model.vocab_size))
-                result |= {
-                    "evaluation": evaluation.to_dict(),
-                    "bigram_loss": bigram,
-                    "verdict": verdict_dict(token, sequence),
-                    "portraits": portraits(token, sequence, counts),
-                    "samples": self._samples(loaded),
-                }
-        return self._write_result()
+
+                def judged() -> dict[str, Any]:
+                    bigram = KneserNey(prepared.train, model.vocab_size, 2).loss(prepared.valid)
+                    token, sequence = token_verdict(model), None
+                    if config.model.scope == "sequence":
+                        sequence = sequence_verdict(model, prepared.valid, trained=True)
+                    counts = torch.from_numpy(prepared.train.token_counts(model.vocab_size))
+                    return {
+                        "evaluation": evaluation.to_dict(),
+                        "bigram_loss": bigram,
+                        "verdict": verdict_dict(token, sequence),
+                        "portraits": portraits(token, sequence, counts),
+                        "samples": self._samples(loaded),
+                    }
+
+                result |= self.world.told(judged)
+        return self.world.told(self._write_result)
 
     def _samples(self, loaded: Checkpoint) -> list[list[dict[str, str]]]:
         """Hold a few conversations: a held-out dialogue's user speaks, the model answers."""
@@ -385,8 +493,24 @@ class Run:
             )
         return samples
 
+    def whole(self) -> dict[str, Any]:
+        """Do what is left of the run; of a finished one return the result."""
+
+        def finished() -> dict[str, Any] | None:
+            if not self.folder.result.exists():
+                return None
+            result = self.folder.read(self.folder.result, "a run's result")
+            if not self.folder.report.exists():
+                write_report([self.folder.path], self.folder.report)
+            return result
+
+        return self.world.told(finished) or self.finish()
+
     def _write_result(self) -> dict[str, Any]:
-        stages = {name: self._stage(name) or {} for name in _STAGES}
+        stages = {
+            name: self.folder.read(self.folder.stage(name), f"the result of stage {name}")
+            for name in _STAGES
+        }
         result = {
             "fingerprint": self.config.fingerprint(),
             "verdict_phase1": stages["phase1"]["verdict"],
@@ -408,7 +532,7 @@ class Run:
             prepared=stages["prepare"],
         )
         write_report([self.folder.path], self.folder.report, result=result)
-        write_json(self.folder.result, result)
+        self.folder.write(self.folder.result, result)
         return result
 
 
@@ -418,6 +542,7 @@ def run(
     *,
     console: Console | None = None,
     trackers: Sequence[str] = (),
+    sharded: bool = False,
 ) -> dict[str, Any]:
     """Do the whole job and return what `result.json` holds; resumes an unfinished folder.
 
@@ -426,26 +551,39 @@ def run(
         out: its folder.
         console: for progress; None shows none.
         trackers: names of `tracking.TRACKERS` that are handed the run's numbers too.
+        sharded: of several processes, each keeps a part of the model in Phase 2 (FSDP2).
 
     Raises:
         NewLLMError: a user's mistake, or a run that had to stop itself.
     """
-    with tracked(config, out, console or Console(quiet=True), trackers) as job:
-        if job.folder.result.exists():
-            result = read_json(job.folder.result, "a run's result")
-            if not job.folder.report.exists():
-                write_report([out], job.folder.report)
-            return result
-        return job.finish()
+    console = console or Console(quiet=True)
+    with opened(config, out, console, trackers, sharded=sharded) as job:
+        return job.whole()
 
 
 @contextmanager
-def tracked(
-    config: RunConfig, out: Path, console: Console, trackers: Sequence[str] = ()
+def opened(
+    config: RunConfig,
+    out: Path,
+    console: Console,
+    trackers: Sequence[str] = (),
+    *,
+    sharded: bool = False,
 ) -> Iterator[Run]:
-    """Yield a run whose numbers trackers are handed; a finished one has nothing to hand over."""
-    job = Run(config, out, console)
-    left = () if job.folder.result.exists() else trackers
-    with Tracking(left, job.folder.tracking, to_dict(config)) as tracking:
-        job.tracking = tracking
-        yield job
+    """Yield a run that this process, or those of a launcher, have to themselves.
+
+    Raises:
+        CheckpointError: the folder is another config's, or another process works in it.
+        LostProcessError: one of several processes is gone.
+    """
+    with joined(config.device) as (world, device), ExitStack() as stack:
+        if not world.is_main:
+            console = Console(quiet=True)
+        job = Run(config, out, console, world=world, device=device, sharded=sharded)
+        world.told(lambda: stack.enter_context(alone(out)))
+        job.tidy()
+        # a finished one has nothing to hand over
+        shown = () if job.folder.result.exists() or not world.is_main else trackers
+        with Tracking(shown, job.folder.tracking, to_dict(config)) as tracking:
+            job.tracking = tracking
+            yield job

@@ -41,6 +41,7 @@ from .peers import Peer
 from .phase1 import train as train_phase1
 from .phase2 import Phase2Data, Phase2Result
 from .phase2 import train as train_phase2
+from .resume import Keeper
 from .runner import Numbers, Runner
 from .tokenizer import ChatTokenizer
 
@@ -358,7 +359,7 @@ def _predict(
         replace(config, evaluations=0),
         seed=seed,
         phase1=first,
-        folder=folder,
+        keeper=Keeper(folder, seconds=config.checkpoint_seconds),
         console=Console(quiet=True),
         log=lambda row: None,
     )

@@ -10,8 +10,10 @@ from typing import Any
 from . import __version__
 from .config import RunConfig, to_dict
 from .errors import CheckpointError
-from .files import disk_error, read_json, write_json
+from .files import disk_error, read_sealed, sha256, write_sealed
 
+# of the JSON records of a run's folder
+FORMAT_VERSION = 1
 _STAGES = ("prepare", "phase1", "phase2", "evaluate")
 
 
@@ -57,6 +59,11 @@ class RunFolder:
         return self.path / "checkpoint"
 
     @property
+    def snapshots(self) -> Path:
+        """Models of Phase 2 that were kept on the way."""
+        return self.path / "snapshots"
+
+    @property
     def history(self) -> Path:
         """A JSON row for each logged step."""
         return self.path / "history.jsonl"
@@ -76,6 +83,23 @@ class RunFolder:
         """The page to look at."""
         return self.path / "report.html"
 
+    def stage(self, name: str) -> Path:
+        """What a stage found; its presence means that the stage is finished."""
+        return self.stages / f"{name}.json"
+
+    def read(self, path: Path, kind: str) -> dict[str, Any]:
+        """Read a record of this folder.
+
+        Raises:
+            CheckpointError: it is missing, damaged or changed.
+        """
+        remedy = "put the original back, or begin again in a new --out"
+        return read_sealed(path, kind, version=FORMAT_VERSION, remedy=remedy)
+
+    def write(self, path: Path, values: dict[str, Any]) -> None:
+        """Write a record of this folder, with its checksum."""
+        write_sealed(path, values, version=FORMAT_VERSION)
+
 
 def open_folder(path: Path, config: RunConfig) -> RunFolder:
     """Make a run's folder, or open the one that belongs to this very config.
@@ -86,8 +110,7 @@ def open_folder(path: Path, config: RunConfig) -> RunFolder:
     folder = RunFolder(path=path)
     wanted = json.loads(json.dumps(to_dict(config)))
     if folder.config.exists():
-        found = read_json(folder.config, "a run's config")
-        theirs = found.get("config", {}) if isinstance(found, dict) else {}
+        theirs = folder.read(folder.config, "a run's config").get("config", {})
         if theirs != wanted:
             changed = "; ".join(_differences(theirs, wanted)[:4])
             raise CheckpointError(
@@ -114,7 +137,7 @@ def open_folder(path: Path, config: RunConfig) -> RunFolder:
         folder.stages.mkdir()
     except OSError as error:
         raise disk_error(error, path) from error
-    write_json(folder.config, record)
+    folder.write(folder.config, record)
     return folder
 
 
@@ -187,15 +210,21 @@ def read_record(folder: Path, name: str, result: dict[str, Any] | None = None) -
                 f"a finished run's folder expected, {folder} has no result.json; "
                 "finish it by the command that began it"
             )
-        result = dict(read_json(files.result, "a run's result"))
+        result = files.read(files.result, "a run's result")
     stages = {}
     for stage in _STAGES:
-        path = files.stages / f"{stage}.json"
-        stages[stage] = read_json(path, f"the result of stage {stage}") if path.exists() else {}
+        path = files.stage(stage)
+        stages[stage] = files.read(path, f"the result of stage {stage}") if path.exists() else {}
+    written = stages["phase2"].get("history")
+    if written is not None and (not files.history.is_file() or sha256(files.history) != written):
+        raise CheckpointError(
+            f"{files.history} must match its checksum in {files.stage('phase2')}, but it is "
+            "missing, truncated or changed; put the original back"
+        )
     return RunRecord(
         name=name,
         result=result,
-        record=read_json(files.config, "a run's config"),
+        record=files.read(files.config, "a run's config"),
         stages=stages,
         history=read_history(files.history),
     )

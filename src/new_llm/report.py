@@ -114,6 +114,7 @@ def _describe(run: RunRecord) -> dict[str, Any]:
         "level": _level(final),
         "headline": f"Not healthy: {', '.join(ailing)}" if ailing else "Healthy",
         "verdicts": verdicts,
+        "warnings": [row["text"] for row in run.rows("warning")],
         "config": json.dumps(run.record["config"], indent=2, ensure_ascii=False),
     }
 
