@@ -14,7 +14,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "new_llm"
 # a module imports only modules that stand before it
 ORDER = [
     "errors", "config", "configuration_new_llm", "console", "files", "dialogues", "tokenizer",
-    "data", "cell", "counts", "fixed_point", "scan", "recurrence", "measurements", "doctor",
+    "store", "preparation", "data",
+    "cell", "counts", "fixed_point", "scan", "recurrence", "measurements", "doctor",
     "model", "modeling_new_llm", "announce", "stepper", "card", "checkpoint",
     "evaluate", "phase1", "cache", "optimiser", "phase2", "generate", "baselines",
     "peers",

@@ -281,7 +281,7 @@ class ChatTokenizer:
             num_bytes.append(size)
         return EncodedDialogues(
             tokens=np.array(ids, dtype=np.int32),
-            assistant=np.repeat(np.array(said, dtype=bool), stretches),
+            assistant=np.repeat(np.array(said, dtype=bool), np.array(stretches, dtype=np.int64)),
             lengths=np.array(lengths, dtype=np.int64),
             num_content_bytes=np.array(num_bytes, dtype=np.int64),
         )
