@@ -55,8 +55,9 @@ def prepare(
     """
     files = source_files(config.source) + (source_files(config.valid) if config.valid else [])
     done = folder / "prepared.json"
+    tokenizer = None
     if not done.exists():
-        Preparation(config, folder, files, progress).run()
+        tokenizer = Preparation(config, folder, files, progress).run()
     record = read_json(done, "tokenised data")
     if not unchanged(files, record["files"]):
         raise CheckpointError(
@@ -67,7 +68,7 @@ def prepare(
     return Prepared(
         train=TokenStore.open(folder / "train"),
         valid=TokenStore.open(folder / "valid"),
-        tokenizer=ChatTokenizer.load(folder / "tokenizer"),
+        tokenizer=tokenizer or ChatTokenizer.load(folder / "tokenizer"),
         report=record["report"],
     )
 

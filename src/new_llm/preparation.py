@@ -32,6 +32,8 @@ _TOKENIZER_CHARACTERS = 50_000_000
 # between two saves of how far a preparation is
 _SAVE_SECONDS = 20.0
 _HIDDEN = ".preparing"
+# of what is saved there
+_FORMAT = 1
 _DIGEST_BYTES = hashlib.sha256().digest_size
 # what decides tokens beside the config and the files
 _DECIDING = ("tokenizers", "datasets", "chitchat-dataset")
@@ -94,6 +96,11 @@ class _Saved:
     record: dict[str, Any] | None = None
     """What `prepared.json` will hold, once both parts are whole."""
 
+    @property
+    def num_digest_bytes(self) -> int:
+        """Bytes of the hashes of held-out dialogues that are given apart."""
+        return self.valid_reader.num_dialogues * _DIGEST_BYTES
+
 
 class Preparation:
     """A preparation in its folder; killed at any time, the next one goes on from its last save.
@@ -118,6 +125,7 @@ class Preparation:
         self._states = [_stat(path) for path in files]
         self._identity = fingerprint(
             {
+                "format": _FORMAT,
                 "config": to_dict(config),
                 "paths": [str(path.absolute()) for path in files],
                 "files": self._states,
@@ -125,20 +133,21 @@ class Preparation:
             }
         )
 
-    def run(self) -> None:
+    def run(self) -> ChatTokenizer:
         """Leave `train`, `valid`, `tokenizer` and `prepared.json` in the folder, nothing else."""
         try:
-            saved = self._last_save() or self._begin()
+            saved, tokenizer = self._last_save() or self._begin()
             if saved.record is None:
-                saved = self._write(saved)
+                saved = self._write(saved, tokenizer)
             self._move(saved)
+            return tokenizer
         except DataError:
             discard(self._folder)
             raise
         except OSError as error:
             raise disk_error(error, self._folder) from error
 
-    def _last_save(self) -> _Saved | None:
+    def _last_save(self) -> tuple[_Saved, ChatTokenizer] | None:
         """Return what an earlier preparation saved, if this one can go on from there."""
         try:
             kept = read_json(self._hidden / "position.json", "the position of a preparation")
@@ -146,28 +155,37 @@ class Preparation:
             if kept["checksum"] != fingerprint(saved) or saved["identity"] != self._identity:
                 return None
             saved = from_dict(_Saved, saved)
-            if saved.record is not None:
-                return saved
-            tokenizer = ChatTokenizer.load(self._hidden / "tokenizer")
+            moved = saved.record is not None and not (self._hidden / "tokenizer").exists()
+            folder = self._folder if moved else self._hidden
+            tokenizer = ChatTokenizer.load(folder / "tokenizer")
         except (CheckpointError, KeyError, TypeError):
             return None
-        whole = (
-            tokenizer.fingerprint == saved.tokenizer
+        if tokenizer.fingerprint != saved.tokenizer:
+            return None
+        whole = saved.record is not None or self._holds(saved)
+        return (saved, tokenizer) if whole else None
+
+    def _holds(self, saved: _Saved) -> bool:
+        """Return whether the files are at least as long as it was saved."""
+        digests = self._hidden / "digests.bin"
+        return (
+            digests.is_file()
+            and digests.stat().st_size >= saved.num_digest_bytes
             and StoreWriter.holds(self._hidden / "train", **asdict(saved.train))
             and StoreWriter.holds(self._hidden / "valid", **asdict(saved.valid))
         )
-        return saved if whole else None
 
-    def _begin(self) -> _Saved:
+    def _begin(self) -> tuple[_Saved, ChatTokenizer]:
         """Make or take the vocabulary, the first thing that is saved."""
         config = self._config
         tokenizer = ChatTokenizer.from_name(config.tokenizer, self._texts(), config.vocab_size)
         discard(self._folder)
         tokenizer.save(self._hidden / "tokenizer")
+        (self._hidden / "digests.bin").touch()
         saved = _Saved(identity=self._identity, tokenizer=tokenizer.fingerprint)
         self._save(saved)
         self._progress("vocabulary", 0)
-        return saved
+        return saved, tokenizer
 
     def _save(self, saved: _Saved) -> None:
         values = asdict(saved)
@@ -207,10 +225,10 @@ class Preparation:
             start=start,
         )
 
-    def _write(self, saved: _Saved) -> _Saved:
+    def _write(self, saved: _Saved, tokenizer: ChatTokenizer) -> _Saved:
         """Read what is left, write and seal both parts; return what is then saved."""
         config = self._config
-        with _Output(self._hidden, saved, self._save) as output:
+        with _Output(self._hidden, saved, tokenizer, self._save) as output:
             if config.valid is None:
                 divide = _by_hash(config.valid_fraction)
             else:
@@ -265,16 +283,22 @@ class Preparation:
 class _Output:
     """The two parts while they are written, and what is saved of them."""
 
-    def __init__(self, hidden: Path, saved: _Saved, save: Callable[[_Saved], None]) -> None:
+    def __init__(
+        self,
+        hidden: Path,
+        saved: _Saved,
+        tokenizer: ChatTokenizer,
+        save: Callable[[_Saved], None],
+    ) -> None:
         self.saved = saved
         self._hidden = hidden
         self._save_to = save
         self._open = ExitStack()
-        self._tokenizer = ChatTokenizer.load(hidden / "tokenizer")
+        self._tokenizer = tokenizer
         self._train = self._open.enter_context(StoreWriter(hidden / "train", **asdict(saved.train)))
         self._valid = self._open.enter_context(StoreWriter(hidden / "valid", **asdict(saved.valid)))
         self._digests = self._open.enter_context(
-            growing_file(hidden / "digests.bin", saved.valid_reader.num_dialogues * _DIGEST_BYTES)
+            growing_file(hidden / "digests.bin", saved.num_digest_bytes)
         )
         self._saved_at = time.monotonic()
 
