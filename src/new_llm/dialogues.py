@@ -69,7 +69,7 @@ class Position:
     num_dialogues: int = 0
     """Dialogues that were taken."""
     report: ReadReport = field(default_factory=ReadReport)
-    """Of the rows that are behind; reading from here fills it."""
+    """Of the rows that are behind."""
 
 
 def read_dialogues(
@@ -98,7 +98,7 @@ def read_dialogues(
         split=split,
         on_bad_row=on_bad_row,
         max_dialogues=max_dialogues,
-        start=Position(report=report),
+        report=report,
     )
     yield from reader
 
@@ -122,6 +122,7 @@ class DialogueReader:
         on_bad_row: str,
         max_dialogues: int | None,
         start: Position | None = None,
+        report: ReadReport | None = None,
     ) -> None:
         if on_bad_row not in ("error", "skip"):
             raise DataError(f"on_bad_row must be error or skip, got {on_bad_row!r}")
@@ -132,7 +133,7 @@ class DialogueReader:
         self._max_dialogues = max_dialogues
         self._piece, self._row, self._hub_state = start.piece, start.row, start.hub
         self._num_dialogues = start.num_dialogues
-        self._report = start.report
+        self._report = replace(start.report) if report is None else report
         self._hub: Any = None
 
     def position(self) -> Position:
