@@ -253,6 +253,10 @@ def test_two_processes_never_work_in_one_folder(
     assert {path.name for path in out.iterdir()} == {path.name for path in finished.iterdir()}
 
 
+def digest(array: Any) -> str:
+    return hashlib.sha256(np.asarray(array).tobytes()).hexdigest()
+
+
 def read_everything(out: Path, config: RunConfig) -> dict[str, Any]:
     """Return what each kind of file is read for: numbers that a changed bit would change."""
     loaded = load_checkpoint(out)
@@ -266,13 +270,13 @@ def read_everything(out: Path, config: RunConfig) -> dict[str, Any]:
     return {
         "text": generate(loaded, "How are you?", drawn),
         "phase1": generate(first, "How are you?", drawn),
-        "tokens": [hashlib.sha256(np.asarray(part.tokens)).hexdigest() for part in parts],
-        "masks": [hashlib.sha256(np.asarray(part.assistant)).hexdigest() for part in parts],
+        "tokens": [digest(part.tokens) for part in parts],
+        "masks": [digest(part.assistant) for part in parts],
         "offsets": [part.offsets.tolist() for part in parts],
         "bytes": [part.num_content_bytes.tolist() for part in parts],
         "report": prepared.report,
         "encoded": prepared.tokenizer.encode("How are you? <|im_end|>"),
-        "cache": hashlib.sha256(np.asarray(opened.contexts)).hexdigest(),
+        "cache": digest(opened.contexts),
         "result": record.result,
         "history": record.history,
         "stages": record.stages,

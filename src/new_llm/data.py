@@ -1,140 +1,30 @@
-"""Dialogues to tokens: split, memory-mapped store, and segments in a resumable order.
+"""Dialogues to tokens: both parts of the data, and segments in a resumable order.
 
-Axes: `N` tokens of a part, `D` its dialogues, `B` lanes, `T` positions of a segment.
+Axes: `B` lanes, `T` positions of a segment.
 """
 
-import hashlib
 import heapq
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .config import DataConfig, fingerprint
-from .dialogues import Messages, ReadReport, read_dialogues, source_files
-from .errors import CheckpointError, DataError
-from .files import atomic_folder, read_json, sha256, write_json
+from .config import DataConfig
+from .dialogues import ReadReport, read_dialogues, source_files
+from .errors import CheckpointError
+from .files import read_sealed
+from .preparation import FORMAT_VERSION, Preparation, discard, unchanged
+from .preparation import dialogue_hash as dialogue_hash
+from .preparation import is_held_out as is_held_out
+from .store import TokenStore, write_store
 from .tokenizer import ChatTokenizer
 
-# dialogues tokenised together, and characters of text that a vocabulary is trained on
-_BATCH = 1000
-_TOKENIZER_CHARACTERS = 50_000_000
 # ids that every verdict holds out: this share, and at least this many times C
 _HELD_OUT_SHARE, _HELD_OUT_WIDTHS = 0.1, 4
-_ARRAYS = {"tokens": "<i4", "assistant": "|b1", "offsets": "<i8", "num_content_bytes": "<i8"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenStore:
-    """One part of the data, memory-mapped."""
-
-    tokens: np.ndarray
-    """int32 `[N]`."""
-    assistant: np.ndarray
-    """Whether a token is said by the assistant, bool `[N]`."""
-    offsets: np.ndarray
-    """First token of each dialogue, and N, int64 `[D + 1]`."""
-    num_content_bytes: np.ndarray
-    """UTF-8 bytes of each dialogue's contents, int64 `[D]`."""
-    fingerprint: str
-    """16 hex digits over all of it."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens, role tokens included."""
-        return len(self.tokens)
-
-    @property
-    def num_dialogues(self) -> int:
-        """Dialogues."""
-        return len(self.offsets) - 1
-
-    def dialogue(self, index: int) -> np.ndarray:
-        """Return the token ids of one dialogue."""
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
-
-    def cut(self, first: int, last: int) -> "TokenStore":
-        """Return the dialogues `first` to `last`, without the last, as a store."""
-        begin, end = int(self.offsets[first]), int(self.offsets[last])
-        return replace(
-            self,
-            tokens=self.tokens[begin:end],
-            assistant=self.assistant[begin:end],
-            offsets=self.offsets[first : last + 1] - begin,
-            num_content_bytes=self.num_content_bytes[first:last],
-        )
-
-    def token_counts(self, vocab_size: int) -> np.ndarray:
-        """Return how often each id occurs, int64 `[V]`."""
-        counts = np.zeros(vocab_size, dtype=np.int64)
-        for start in range(0, self.num_tokens, 1 << 22):
-            counts += np.bincount(self.tokens[start : start + (1 << 22)], minlength=vocab_size)
-        return counts
-
-    @classmethod
-    def open(cls, folder: Path) -> "TokenStore":
-        """Map a store that `write_store` left.
-
-        Raises:
-            CheckpointError: a file is missing, truncated or changed.
-        """
-        meta = read_json(folder / "store.json", "tokenised data")
-        arrays = {}
-        for name, dtype in _ARRAYS.items():
-            path = folder / f"{name}.bin"
-            if not path.is_file() or sha256(path) != meta["sha256"][name]:
-                raise CheckpointError(
-                    f"{path} must match the checksum in store.json, but it is missing, truncated "
-                    f"or changed; delete {folder.parent} and run the same command again"
-                )
-            arrays[name] = np.memmap(path, dtype=dtype, mode="r")
-        return cls(**arrays, fingerprint=fingerprint(meta["sha256"]))
-
-
-def write_store(
-    folder: Path,
-    dialogues: Iterator[Messages],
-    tokenizer: ChatTokenizer,
-    progress: Callable[[int], None] = lambda count: None,
-) -> TokenStore:
-    """Tokenise dialogues into a store, in memory that does not grow with their number.
-
-    Raises:
-        DataError: there is no dialogue.
-        DiskFullError: there was no room; nothing is left behind.
-    """
-    num_tokens, lengths, num_bytes = 0, [0], []
-    with atomic_folder(folder) as part:
-        with (
-            (part / "tokens.bin").open("wb") as tokens,
-            (part / "assistant.bin").open("wb") as said,
-        ):
-            while batch := list(islice(dialogues, _BATCH)):
-                for messages, (ids, mask) in zip(
-                    batch, tokenizer.encode_dialogues(batch), strict=True
-                ):
-                    tokens.write(ids.astype("<i4").tobytes())
-                    said.write(mask.tobytes())
-                    num_tokens += len(ids)
-                    lengths.append(num_tokens)
-                    num_bytes.append(sum(len(m["content"].encode()) for m in messages))
-                progress(len(batch))
-        if not num_bytes:
-            raise DataError(
-                "at least one dialogue expected in each part, got none; give more dialogues, "
-                "or held-out ones by --valid"
-            )
-        np.array(lengths, dtype="<i8").tofile(part / "offsets.bin")
-        np.array(num_bytes, dtype="<i8").tofile(part / "num_content_bytes.bin")
-        checksums = {name: sha256(part / f"{name}.bin") for name in _ARRAYS}
-        write_json(part / "store.json", {"sha256": checksums})
-    return TokenStore.open(folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,21 +38,6 @@ class Prepared:
     """Rows read, bad, short, and dialogues left out of training."""
 
 
-def dialogue_hash(messages: Messages) -> bytes:
-    """Return the SHA-256 of a dialogue, the same wherever it stands."""
-    text = json.dumps(messages, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).digest()
-
-
-def is_held_out(messages: Messages, share: float) -> bool:
-    """Return whether a dialogue is among the share that its hash holds out.
-
-    >>> is_held_out([{"role": "user", "content": "hello"}], 1.0)
-    True
-    """
-    return int.from_bytes(dialogue_hash(messages)[:8], "big") / 2.0**64 < share
-
-
 def prepare(
     config: DataConfig,
     folder: Path,
@@ -172,120 +47,34 @@ def prepare(
     """Read, split and tokenise dialogues once; later calls open what is there.
 
     Without `valid`, a dialogue is held out by its hash, so that equal ones are never in both parts;
-    with it, dialogues that are also held out are left out of training.
+    with it, dialogues that are also held out are left out of training. One call that was killed,
+    and the same call again, leave the bytes that one alone would have left.
 
     Raises:
         DataError: dialogues cannot be read, none is left, or fewer tokens than one sequence.
     """
     files = source_files(config.source) + (source_files(config.valid) if config.valid else [])
     done = folder / "prepared.json"
-    if done.exists():
-        record = read_json(done, "tokenised data")
-        if not _unchanged(files, record["files"]):
+    if not done.exists():
+        Preparation(config, folder, files, progress).run()
+    remedy = f"delete {folder} and run the same command again"
+    record = read_sealed(done, "tokenised data", version=FORMAT_VERSION, remedy=remedy)
+    if not unchanged(files, record["files"]):
+        raise CheckpointError(
+            f"the dialogues that {folder} was made from have changed since; choose a new --out"
+        )
+    # what is left where it was killed at its very end
+    discard(folder)
+    parts = {name: TokenStore.open(folder / name) for name in ("train", "valid")}
+    tokenizer = ChatTokenizer.load(folder / "tokenizer")
+    found = {name: part.fingerprint for name, part in parts.items()}
+    for name, given in {**found, "tokenizer": tokenizer.fingerprint}.items():
+        if given != record["parts"][name]:
             raise CheckpointError(
-                f"the dialogues that {folder} was made from have changed since; choose a new --out"
+                f"{folder / name} must be the one that {done} speaks of, "
+                f"{record['parts'][name]}, got {given}; {remedy}"
             )
-        return Prepared(
-            train=TokenStore.open(folder / "train"),
-            valid=TokenStore.open(folder / "valid"),
-            tokenizer=ChatTokenizer.load(folder / "tokenizer"),
-            report=record["report"],
-        )
-    source = _Source(config)
-    texts = source.texts(config.valid is None)
-    tokenizer = ChatTokenizer.from_name(config.tokenizer, texts, config.vocab_size)
-    tokenizer.save(folder / "tokenizer")
-    progress("vocabulary", 0)
-    valid_report = ReadReport()
-    if config.valid is None:
-        held_out = (m for m in source.dialogues(ReadReport()) if source.is_held_out(m))
-    else:
-        held_out = read_dialogues(
-            config.valid,
-            split=config.valid_split,
-            on_bad_row=config.on_bad_row,
-            max_dialogues=None,
-            report=valid_report,
-        )
-    valid_hashes: set[bytes] = set()
-
-    def remembered() -> Iterator[Messages]:
-        for messages in held_out:
-            valid_hashes.add(dialogue_hash(messages))
-            yield messages
-
-    valid = write_store(
-        folder / "valid", remembered(), tokenizer, lambda n: progress("held-out dialogues", n)
-    )
-    report = ReadReport()
-    train = write_store(
-        folder / "train",
-        (m for m in source.dialogues(report) if dialogue_hash(m) not in valid_hashes),
-        tokenizer,
-        lambda n: progress("dialogues", n),
-    )
-    if train.num_tokens < config.sequence_length:
-        raise DataError(
-            f"at least one sequence of {config.sequence_length} tokens expected to train on, "
-            f"{config.source} gave {train.num_tokens}; give more dialogues "
-            "or lower --data.sequence-length"
-        )
-    counts = {
-        **asdict(report),
-        "num_bad_valid_rows": valid_report.num_bad_rows,
-        "num_train_dialogues": train.num_dialogues,
-        "num_valid_dialogues": valid.num_dialogues,
-    }
-    states = [{**_stat(path), "sha256": sha256(path)} for path in files]
-    write_json(done, {"files": states, "report": counts})
-    return Prepared(train=train, valid=valid, tokenizer=tokenizer, report=counts)
-
-
-def _stat(path: Path) -> dict[str, int]:
-    stat = path.stat()
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-
-
-def _unchanged(files: list[Path], states: list[dict[str, Any]]) -> bool:
-    """Return whether files hold what they held; those only copied or touched are read to see."""
-    if len(files) != len(states):
-        return False
-    return all(
-        (stat := _stat(path)) == {key: state[key] for key in stat}
-        or (stat["size"] == state["size"] and sha256(path) == state["sha256"])
-        for path, state in zip(files, states, strict=True)
-    )
-
-
-class _Source:
-    """The dialogues of a config, readable again and again: a corpus need not fit in memory."""
-
-    def __init__(self, config: DataConfig) -> None:
-        self.config = config
-
-    def dialogues(self, report: ReadReport) -> Iterator[Messages]:
-        return read_dialogues(
-            self.config.source,
-            split=self.config.split,
-            on_bad_row=self.config.on_bad_row,
-            max_dialogues=self.config.max_dialogues,
-            report=report,
-        )
-
-    def is_held_out(self, messages: Messages) -> bool:
-        return is_held_out(messages, self.config.valid_fraction)
-
-    def texts(self, splits: bool) -> Iterator[str]:
-        """Yield contents of training dialogues, as many as a vocabulary is trained on."""
-        left = _TOKENIZER_CHARACTERS
-        for messages in self.dialogues(ReadReport()):
-            if splits and self.is_held_out(messages):
-                continue
-            for message in messages:
-                yield message["content"]
-                left -= len(message["content"])
-            if left <= 0:
-                return
+    return Prepared(**parts, tokenizer=tokenizer, report=record["report"])
 
 
 @contextmanager

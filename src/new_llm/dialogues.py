@@ -1,14 +1,19 @@
 """Dialogues, `{"messages": [{"role", "content"}]}`: the default package, files, or the hub."""
 
+import bz2
 import gzip
 import importlib.util
+import io
 import json
+import lzma
 import re
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import DataError
 
@@ -17,8 +22,14 @@ Messages = list[Message]
 
 DEFAULT_SOURCE = "chitchat-dataset"
 ROLES = ("system", "user", "assistant")
-_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet")
-_PARQUET_BATCH = 1024
+_SUFFIXES = (
+    ".jsonl", ".json", ".parquet", ".jsonl.gz", ".jsonl.zst", ".jsonl.bz2", ".jsonl.xz"
+)  # fmt: skip
+# what is written like a file that we read, or that people expect us to read
+_FILE_LIKE = (*_SUFFIXES, ".gz", ".zst", ".bz2", ".xz", ".txt", ".csv")
+_PARQUET_BATCH = 256
+# small, so that the error of a file that was cut says where it was
+_BLOCK_BYTES = 1 << 16
 # characters below which a small talk says nothing to learn from
 _SHORTEST_CHAT = 40
 _CONTACT = re.compile(
@@ -45,6 +56,22 @@ class ReadReport:
     """What was wrong with the first bad row."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where reading goes on; plain JSON values."""
+
+    piece: int = 0
+    """Pieces of the source that are behind: files, names of the hub, the default package."""
+    row: int = 0
+    """Rows, or lines, of the next piece that are behind."""
+    hub: dict[str, Any] | None = None
+    """What the hub's client needs to go on in that piece."""
+    num_dialogues: int = 0
+    """Dialogues that were taken."""
+    report: ReadReport = field(default_factory=ReadReport)
+    """Of the rows that are behind."""
+
+
 def read_dialogues(
     source: str,
     *,
@@ -66,32 +93,145 @@ def read_dialogues(
     Raises:
         DataError: the source is missing, empty or unreadable, or a row is bad.
     """
-    if on_bad_row not in ("error", "skip"):
-        raise DataError(f"on_bad_row must be error or skip, got {on_bad_row!r}")
-    num_yielded = 0
-    for place, row in _rows(source, split):
-        report.num_rows += 1
-        try:
-            messages = check_dialogue(row, place)
-        except DataError as error:
-            if on_bad_row == "error":
-                raise
-            report.num_bad_rows += 1
-            report.first_bad = report.first_bad or str(error)
-            continue
-        if sum(message["role"] != "system" for message in messages) < 2:
-            report.num_short += 1
-            continue
-        yield messages
-        num_yielded += 1
-        if max_dialogues is not None and num_yielded >= max_dialogues:
-            return
-    if num_yielded == 0:
-        raise DataError(
-            f"at least one dialogue of two messages expected in {source}, none was left of "
-            f"{report.num_rows} rows ({report.num_bad_rows} bad, {report.num_short} too short); "
-            + (f"first bad: {report.first_bad}" if report.first_bad else "give longer dialogues")
+    reader = DialogueReader(
+        source,
+        split=split,
+        on_bad_row=on_bad_row,
+        max_dialogues=max_dialogues,
+        report=report,
+    )
+    yield from reader
+
+
+class DialogueReader:
+    """The dialogues of a source, as `read_dialogues` yields them, from any position on.
+
+    >>> options = {"split": "", "on_bad_row": "error", "max_dialogues": 3}
+    >>> reader = DialogueReader("chitchat-dataset", **options)
+    >>> first = next(iter(reader))
+    >>> rest = list(DialogueReader("chitchat-dataset", **options, start=reader.position()))
+    >>> [first, *rest] == list(DialogueReader("chitchat-dataset", **options))
+    True
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        split: str,
+        on_bad_row: str,
+        max_dialogues: int | None,
+        start: Position | None = None,
+        report: ReadReport | None = None,
+    ) -> None:
+        if on_bad_row not in ("error", "skip"):
+            raise DataError(f"on_bad_row must be error or skip, got {on_bad_row!r}")
+        start = start or Position()
+        self._source = source
+        self._split = split
+        self._skips = on_bad_row == "skip"
+        self._max_dialogues = max_dialogues
+        self._piece, self._row, self._hub_state = start.piece, start.row, start.hub
+        self._num_dialogues = start.num_dialogues
+        self._report = replace(start.report) if report is None else report
+        self._hub: Any = None
+
+    def position(self) -> Position:
+        """Return where another reader goes on behind the last dialogue that was taken."""
+        return Position(
+            piece=self._piece,
+            row=self._row,
+            hub=self._hub_state if self._hub is None else self._hub.state_dict(),
+            num_dialogues=self._num_dialogues,
+            report=replace(self._report),
         )
+
+    def __iter__(self) -> Iterator[Messages]:
+        report = self._report
+        if self._num_dialogues == self._max_dialogues:
+            return
+        for place, row in self._rows():
+            report.num_rows += 1
+            try:
+                messages = check_dialogue(row, place)
+            except DataError as error:
+                if not self._skips:
+                    raise
+                report.num_bad_rows += 1
+                report.first_bad = report.first_bad or str(error)
+                continue
+            if sum(message["role"] != "system" for message in messages) < 2:
+                report.num_short += 1
+                continue
+            self._num_dialogues += 1
+            yield messages
+            if self._num_dialogues == self._max_dialogues:
+                return
+        if self._num_dialogues == 0:
+            raise DataError(
+                f"at least one dialogue of two messages expected in {self._source}, none was left "
+                f"of {report.num_rows} rows ({report.num_bad_rows} bad, {report.num_short} too "
+                "short); "
+                + (
+                    f"first bad: {report.first_bad}"
+                    if report.first_bad
+                    else "give longer dialogues"
+                )
+            )
+
+    def _rows(self) -> Iterator[tuple[str, Any]]:
+        """Yield every row with the words that say where it stands; a bad line is its own error."""
+        pieces = _pieces(self._source)
+        while self._piece < len(pieces):
+            for number, place, row in self._piece_rows(pieces[self._piece]):
+                self._row = number
+                yield place, row
+            self._piece, self._row, self._hub_state, self._hub = self._piece + 1, 0, None, None
+
+    def _piece_rows(self, piece: Path | str) -> Iterator[tuple[int, str, Any]]:
+        """Yield the rows of a piece that are not behind, each with the number up to it."""
+        if isinstance(piece, Path):
+            yield from self._file_rows(piece)
+        elif piece == DEFAULT_SOURCE:
+            yield from islice(_chitchat_rows(), self._row, None)
+        else:
+            yield from self._hub_rows(piece)
+
+    def _file_rows(self, path: Path) -> Iterator[tuple[int, str, Any]]:
+        if path.stat().st_size == 0:
+            raise DataError(f"a file with dialogues expected, {path} is empty; check the path")
+        parquet = path.suffix == ".parquet"
+        try:
+            yield from (_parquet_rows if parquet else _json_rows)(path, self._row)
+        # each library has its own words for a file that was cut or changed
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            unit = "row" if parquet else "line"
+            raise DataError(
+                f"{path} must be readable to its end, but behind {unit} {self._row}: {error}; "
+                "copy the file again"
+            ) from None
+
+    def _hub_rows(self, name: str) -> Iterator[tuple[int, str, Any]]:
+        import datasets
+
+        split = self._split
+        try:
+            rows: Any = datasets.load_dataset(name, split=split, streaming=True)
+            if self._hub_state is not None:
+                rows.load_state_dict(self._hub_state)
+            elif self._row:
+                rows = islice(rows, self._row, None)
+            if isinstance(rows, datasets.IterableDataset):
+                self._hub = rows
+            for number, row in enumerate(rows, start=self._row + 1):
+                yield number, f"{name} {split}, row {number}", row
+        # the hub's client has dozens of error types for one fact: the name cannot be read from here
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataError(
+                f"a dialogue file or a readable hub dataset expected, got {name!r} split {split!r} "
+                f"({reason}); check the name, the split and the network, or give a local file"
+            ) from None
 
 
 def check_dialogue(row: Any, place: str) -> Messages:
@@ -166,97 +306,81 @@ def _files(source: str) -> list[Path]:
                 f"a file ending in {', '.join(_SUFFIXES)} expected, got {source}; rename or convert"
             )
         return [path]
-    if source.startswith((".", "/", "~")) or source.endswith((*_SUFFIXES, ".gz", ".txt", ".csv")):
+    if source.startswith((".", "/", "~")) or source.endswith(_FILE_LIKE):
         raise DataError(f"a file of dialogues expected, there is no {source}; check the path")
     return []
 
 
-def _rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
-    """Yield every row with the words that say where it stands; a bad line is its own error."""
-    for part in _parts(source):
-        if part == DEFAULT_SOURCE:
-            yield from _chitchat_rows()
-        elif files := _files(part):
-            yield from _file_rows(files)
-        else:
-            yield from _hub_rows(part, split)
+def _pieces(source: str) -> list[Path | str]:
+    """Return the files of a source, and the names that are none."""
+    return [piece for part in _parts(source) for piece in _files(part) or [part]]
 
 
-def _file_rows(files: list[Path]) -> Iterator[tuple[str, Any]]:
-    for path in files:
-        if path.stat().st_size == 0:
-            raise DataError(f"a file with dialogues expected, {path} is empty; check the path")
-        try:
-            yield from _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
-        except (OSError, EOFError) as error:
-            raise DataError(f"{path} must be readable, but {error}; copy the file again") from None
+def _open_lines(path: Path) -> BinaryIO:
+    """Open a file of lines, whatever its name says that it is compressed by."""
+    if path.suffix == ".zst":
+        import pyarrow
+
+        packed: Any = pyarrow.input_stream(str(path), compression="zstd")
+        return io.BufferedReader(packed, _BLOCK_BYTES)
+    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    if path.suffix in openers:
+        # lines of these libraries' own take a call of Python each
+        return io.BufferedReader(openers[path.suffix](path, "rb"), _BLOCK_BYTES)
+    return path.open("rb", _BLOCK_BYTES)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            place = f"{path}, line {number}"
-            if not line.strip():
+def _json_rows(path: Path, num_behind: int) -> Iterator[tuple[int, str, Any]]:
+    with _open_lines(path) as file:
+        for number, line in enumerate(islice(file, num_behind, None), start=num_behind + 1):
+            if line.isspace():
                 continue
+            place = f"{path}, line {number}"
             try:
-                yield place, json.loads(line.decode("utf-8"))
+                yield number, place, json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
-                yield (
-                    place,
-                    DataError(
-                        f"{place}: UTF-8 text expected, got byte 0x{line[error.start]:02x} at "
-                        f"column {error.start + 1}; convert the file to UTF-8"
-                    ),
+                wrong = DataError(
+                    f"{place}: UTF-8 text expected, got byte 0x{line[error.start]:02x} at "
+                    f"column {error.start + 1}; convert the file to UTF-8"
                 )
+                yield number, place, wrong
             except (json.JSONDecodeError, RecursionError) as error:
-                yield (
-                    place,
-                    DataError(
-                        f"{place}: one JSON object a line expected, got {error}; "
-                        "mend the row or use --data.on-bad-row skip"
-                    ),
+                wrong = DataError(
+                    f"{place}: one JSON object a line expected, got {error}; "
+                    "mend the row or use --data.on-bad-row skip"
                 )
+                yield number, place, wrong
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _parquet_rows(path: Path, num_behind: int) -> Iterator[tuple[int, str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        if "messages" not in file.schema_arrow.names:
-            names = ", ".join(file.schema_arrow.names)
-            raise DataError(f"{path}: a column 'messages' expected, got {names}")
-        number = 0
-        for batch in file.iter_batches(_PARQUET_BATCH, columns=["messages"]):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}, row {number}", row
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if "messages" not in file.schema_arrow.names:
+                names = ", ".join(file.schema_arrow.names)
+                raise DataError(f"{path}: a column 'messages' expected, got {names}")
+            number = 0
+            for group in range(file.num_row_groups):
+                size = file.metadata.row_group(group).num_rows
+                if number + size <= num_behind:
+                    number += size
+                    continue
+                for batch in file.iter_batches(
+                    _PARQUET_BATCH, row_groups=[group], columns=["messages"]
+                ):
+                    behind = min(max(num_behind - number, 0), len(batch))
+                    number += behind
+                    for row in batch.slice(behind).to_pylist():
+                        number += 1
+                        yield number, f"{path}, row {number}", row
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} must be a whole Parquet file, but {error}") from None
 
 
-def _hub_rows(name: str, split: str) -> Iterator[tuple[str, Any]]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, split=split, streaming=True)
-        for number, row in enumerate(rows, start=1):
-            yield f"{name} {split}, row {number}", row
-    except DataError:
-        raise
-    # the hub's client has dozens of error types for one fact: the name cannot be read from here
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"a dialogue file or a readable hub dataset expected, got {name!r} split {split!r} "
-            f"({reason}); check the name, the split and the network, or give a local file"
-        ) from None
-
-
 @lru_cache(maxsize=1)
-def _chitchat_rows() -> list[tuple[str, Any]]:
+def _chitchat_rows() -> list[tuple[int, str, Any]]:
     """Return the default package's two-person chats; the first speaker is the user.
 
     One-sided and very short ones, and those with contact data or listed profanity, are left out.
@@ -289,5 +413,6 @@ def _chitchat_rows() -> list[tuple[str, Any]]:
             whole.encode("utf-8")
         except UnicodeEncodeError:
             continue
-        rows.append((f"{DEFAULT_SOURCE}, conversation {key}", {"messages": messages}))
+        place = f"{DEFAULT_SOURCE}, conversation {key}"
+        rows.append((len(rows) + 1, place, {"messages": messages}))
     return rows

@@ -35,13 +35,13 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         yield part
         for path in sorted(part.rglob("*")):
             if path.is_file():
-                _sync(path)
-        _sync(part)
+                sync(path)
+        sync(part)
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.rename(old)
         part.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise disk_error(error, target) from error
@@ -60,7 +60,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
-        _sync(part)
+        sync(part)
         sync_rename(part, path)
     except OSError as error:
         raise disk_error(error, path) from error
@@ -71,7 +71,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def sync_rename(source: Path, target: Path) -> None:
     """Rename, so that it lasts."""
     source.replace(target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def recover_folder(target: Path) -> None:
@@ -313,7 +313,8 @@ def disk_error(error: OSError, path: Path) -> Exception:
     )
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from .errors import CheckpointError, DataError
 from .files import write_json, write_text
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 GPT2_VOCAB_SIZE = 50_257
@@ -25,6 +26,35 @@ CHAT_TEMPLATE = (
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedDialogues:
+    """D dialogues one after another, of N tokens together."""
+
+    tokens: np.ndarray
+    """Role tokens and contents, int32 `[N]`."""
+    assistant: np.ndarray
+    """Whether a token is said by the assistant, bool `[N]`."""
+    lengths: np.ndarray
+    """Tokens of each dialogue, int64 `[D]`."""
+    num_content_bytes: np.ndarray
+    """UTF-8 bytes of each dialogue's contents, int64 `[D]`."""
+
+    def split(self, num_dialogues: int) -> "tuple[EncodedDialogues, EncodedDialogues]":
+        """Return the first dialogues and the others."""
+        num_tokens = int(self.lengths[:num_dialogues].sum())
+        first, second = slice(None, num_dialogues), slice(num_dialogues, None)
+        early, late = slice(None, num_tokens), slice(num_tokens, None)
+        return self._cut(early, first), self._cut(late, second)
+
+    def _cut(self, tokens: slice, dialogues: slice) -> "EncodedDialogues":
+        return EncodedDialogues(
+            tokens=self.tokens[tokens],
+            assistant=self.assistant[tokens],
+            lengths=self.lengths[dialogues],
+            num_content_bytes=self.num_content_bytes[dialogues],
+        )
 
 
 class ChatTokenizer:
@@ -203,26 +233,58 @@ class ChatTokenizer:
 
         The mask covers an assistant's content and the `<|im_end|>` that ends it.
         """
+        whole = self.lay_out(batch, self.encode_contents(batch))
+        ends = np.cumsum(whole.lengths)
+        return [
+            (whole.tokens[begin:end], whole.assistant[begin:end])
+            for begin, end in zip((ends - whole.lengths).tolist(), ends.tolist(), strict=True)
+        ]
+
+    def encode_contents(self, batch: list[Messages]) -> "list[Encoding]":
+        """Return the encoded contents of a batch, one after another.
+
+        The slow half of `encode_dialogues`; it works on all cores, and other threads go on
+        meanwhile.
+        """
         contents = [message["content"] for messages in batch for message in messages]
-        encoded = self._tokenizer.encode_batch_fast(contents, add_special_tokens=False)
-        parts = iter(encoded)
-        newline = self.encode("\n")
-        headers: dict[str, list[int]] = {}
-        result = []
+        return self._tokenizer.encode_batch_fast(contents, add_special_tokens=False)
+
+    def lay_out(self, batch: list[Messages], contents: "list[Encoding]") -> "EncodedDialogues":
+        """Return the dialogues of a batch with their role tokens, given what its contents became.
+
+        >>> tokenizer = ChatTokenizer.train(iter(["hello hello"]), 300)
+        >>> batch = [[{"role": "user", "content": "hello"}]] * 2
+        >>> tokenizer.lay_out(batch, tokenizer.encode_contents(batch)).num_content_bytes.tolist()
+        [5, 5]
+        """
+        parts = iter(contents)
+        footer = [self.im_end_id, *self.encode("\n")]
+        headers = {role: [self.im_start_id, *self.encode(role + "\n")] for role in _roles(batch)}
+        ids: list[int] = []
+        # stretches of tokens that an assistant says, or does not, and how long each is
+        said: list[bool] = []
+        stretches: list[int] = []
+        lengths: list[int] = []
+        num_bytes: list[int] = []
         for messages in batch:
-            ids: list[int] = []
-            mask: list[bool] = []
+            begin, size = len(ids), 0
             for message in messages:
-                role = message["role"]
-                if role not in headers:
-                    headers[role] = [self.im_start_id, *self.encode(role + "\n")]
-                content = next(parts).ids
-                said = role == "assistant"
-                ids += [*headers[role], *content, self.im_end_id, *newline]
-                mask += [False] * len(headers[role]) + [said] * (len(content) + 1)
-                mask += [False] * len(newline)
-            result.append((np.array(ids, dtype=np.int32), np.array(mask, dtype=bool)))
-        return result
+                role, text = message["role"], message["content"]
+                header, content = headers[role], next(parts).ids
+                ids += header
+                ids += content
+                ids += footer
+                said += (False, role == "assistant", False)
+                stretches += (len(header), len(content) + 1, len(footer) - 1)
+                size += len(text) if text.isascii() else len(text.encode())
+            lengths.append(len(ids) - begin)
+            num_bytes.append(size)
+        return EncodedDialogues(
+            tokens=np.array(ids, dtype=np.int32),
+            assistant=np.repeat(np.array(said, dtype=bool), np.array(stretches, dtype=np.int64)),
+            lengths=np.array(lengths, dtype=np.int64),
+            num_content_bytes=np.array(num_bytes, dtype=np.int64),
+        )
 
     def encode_prompt(self, messages: Messages) -> list[int]:
         """Return the ids of a dialogue so far and of the header of the assistant's answer.
@@ -238,6 +300,10 @@ class ChatTokenizer:
     def answer_header(self) -> list[int]:
         """Return the ids after which the assistant speaks."""
         return [self.im_start_id, *self.encode("assistant\n")]
+
+
+def _roles(batch: list[Messages]) -> set[str]:
+    return {message["role"] for messages in batch for message in messages}
 
 
 def _require_utf8(text: str) -> None:
