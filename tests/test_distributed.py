@@ -21,17 +21,20 @@ from new_llm.distributed import World
 from new_llm.records import read_history
 
 FIFTY = [*QUICK, "--phase2.max-steps", "50", "--phase2.evaluations", "2", "--track", "none"]
-# preset and options of each way through the phases; dropout draws other numbers in each process
+# preset and options of each way through the phases, and how far losses may come apart; dropout
+# draws other numbers in each process. Muon makes directions that hold little more than rounding as
+# long as the others, and an untrained Layer-wise cell lets differences grow for 24 iterations.
 WAYS = {
-    "contractive": ("convex", ["--phase1.max-steps", "50"]),
-    "hinge": ("layerwise", ["--phase1.max-steps", "50", "--gate", "seed"]),
+    "contractive": ("convex", 3e-5, ["--phase1.max-steps", "50"]),
+    "hinge": ("layerwise", 1e-3, ["--phase1.max-steps", "50", "--gate", "seed"]),
     "residual, token scope": (
         "seed-layerwise",
+        1e-5,
         ["--data.tokenizer", "bpe", "--model.dropout", "0", "--phase1.literal-dialogues", "1",
          "--phase1.max-steps", "50", "--phase1.epochs", "1"],
     ),
-    "frozen": ("convex", ["--phase2.freeze-context", "--phase1.max-steps", "20"]),
-    "adamw": ("convex", ["--phase2.optimiser", "adamw", "--phase1.max-steps", "5",
+    "frozen": ("convex", 1e-5, ["--phase2.freeze-context", "--phase1.max-steps", "20"]),
+    "adamw": ("convex", 1e-5, ["--phase2.optimiser", "adamw", "--phase1.max-steps", "5",
                          "--gate", "seed"]),
 }  # fmt: skip
 
@@ -70,7 +73,7 @@ def launch(processes: int, arguments: list[str]) -> str:
     return said
 
 
-def losses(out: Path) -> list[tuple[str, int, float]]:
+def losses(out: Path) -> list[tuple[Any, ...]]:
     rows = read_history(out / "history.jsonl")
     return [(row["stage"], row.get("step", row.get("epoch")), row["loss"]) for row in rows]
 
@@ -86,7 +89,7 @@ def same(first: Path, second: Path, tolerance: float) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_several_processes_train_as_one_does(way: str, talks: Path, tmp_path: Path) -> None:
-    name, options = WAYS[way]
+    name, tolerance, options = WAYS[way]
     arguments = [name, "--data", str(talks), *FIFTY, *options]
     assert cli.main(["run", *arguments, "--out", str(tmp_path / "1")]) == 0
     counts = (2, 4) if way == "contractive" else (2,)
@@ -94,12 +97,12 @@ def test_several_processes_train_as_one_does(way: str, talks: Path, tmp_path: Pa
         out = tmp_path / str(count)
         said = launch(count, ["run", *arguments, "--out", str(out)])
         assert said.count("checkpoint: ") == 1
-        same(tmp_path / "1", out, 1e-5)
+        same(tmp_path / "1", out, tolerance)
         results = [json.loads((f / "result.json").read_text()) for f in (tmp_path / "1", out)]
         assert results[0]["tokens_seen"] == results[1]["tokens_seen"]
         found = [result["evaluation"] for result in results]
         assert found[0]["num_tokens"] == found[1]["num_tokens"]
-        assert math.isclose(found[0]["loss"], found[1]["loss"], rel_tol=1e-5)
+        assert math.isclose(found[0]["loss"], found[1]["loss"], rel_tol=tolerance)
         names = [sorted(p.name for p in folder.rglob("*")) for folder in (tmp_path / "1", out)]
         assert names[0] == names[1]
 
@@ -135,7 +138,8 @@ def test_all_processes_write_the_shards_of_one_cache(talks: Path, tmp_path: Path
         process = start(
             torchrun(count, str(script), "cache", *arguments, str(tmp_path / str(count)))
         )
-        assert process.wait(timeout=300) == 0, process.stdout and process.stdout.read()
+        said = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, said
     first, second = (
         {path.name: path.read_bytes() for path in (tmp_path / name / "cache").iterdir()}
         for name in "12"
@@ -159,7 +163,7 @@ def test_a_process_that_dies_ends_the_run_and_the_same_command_goes_on(
     out = tmp_path / "broken"
     process = start(torchrun(2, "-m", "new_llm", "run", *arguments, "--out", str(out)))
     while not (out / "stages" / "cache.json").exists() or not (out / "training").exists():
-        assert process.poll() is None, process.stdout and process.stdout.read()
+        assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
     os.kill(children(process)[1], signal.SIGKILL)
     killed = time.monotonic()
@@ -183,14 +187,14 @@ def test_another_number_of_processes_may_go_on(talks: Path, tmp_path: Path) -> N
     out = tmp_path / "2"
     process = start(torchrun(2, "-m", "new_llm", "run", *arguments, "--out", str(out)))
     while not (out / "stages" / "cache.json").exists() or not (out / "training").exists():
-        assert process.poll() is None, process.stdout and process.stdout.read()
+        assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     # what a terminal does: all of the group hear it
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=100)
     assert not (out / "result.json").exists()
     assert cli.main(["run", *arguments, "--out", str(out)]) == 0
-    same(tmp_path / "1", out, 1e-5)
+    same(tmp_path / "1", out, 3e-5)
 
 
 @pytest.mark.slow

@@ -19,8 +19,8 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "tanh": torch.tanh}
 LARGEST_INITIAL_COUPLING = 0.95
 # singular directions that training follows: one alone is lost when another overtakes it
 FOLLOWED = 8
-# relative difference of singular values at which the smaller one has lost most of the gradient
-_ALIKE = 0.03
+# share of the largest singular value that the direction of its gradient must have
+_LEADS = 0.99
 
 Weights = tuple[Tensor, ...]
 
@@ -316,6 +316,9 @@ class ConvexCell(ContextCell):
         followed = min(FOLLOWED, context_width, hidden_width)
         self.register_buffer("context_directions", torch.ones(context_width, followed))
         self.register_buffer("delta_directions", torch.ones(hidden_width, followed))
+        # unit vectors that the gradient of a norm flows along
+        self.register_buffer("context_leader", torch.full((context_width,), context_width**-0.5))
+        self.register_buffer("delta_leader", torch.full((hidden_width,), hidden_width**-0.5))
         self._initialise(longest_timescale)
 
     @torch.no_grad()
@@ -348,13 +351,21 @@ class ConvexCell(ContextCell):
     @torch.no_grad()
     def sharpen(self) -> None:
         """Set the singular directions, on which the limit rests, from a full decomposition."""
-        for weight, directions in self._coupled():
-            directions.copy_(torch.linalg.svd(weight.float())[2][: directions.shape[1]].T)
+        for weight, directions, leader in self._coupled():
+            values, vectors = torch.linalg.svd(weight.float())[1:]
+            directions.copy_(vectors[: directions.shape[1]].T)
+            # a decomposition picks any of those that are nearly as large; only a lost one goes
+            if not (weight @ leader).norm() >= _LEADS * values[0]:
+                leader.copy_(vectors[0])
 
-    def _coupled(self) -> list[tuple[Tensor, Tensor]]:
+    def _coupled(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         return [
-            (self.from_context.weight, self.get_buffer("context_directions")),
-            (self.to_delta.weight, self.get_buffer("delta_directions")),
+            (
+                getattr(self, linear).weight,
+                self.get_buffer(f"{name}_directions"),
+                self.get_buffer(f"{name}_leader"),
+            )
+            for linear, name in (("from_context", "context"), ("to_delta", "delta"))
         ]
 
     def project(self, x: Tensor) -> Tensor:
@@ -371,14 +382,18 @@ class ConvexCell(ContextCell):
     def weights(self) -> Weights:
         """Return `W_c`, `W_d` with the coupling limit applied, and `b_d`.
 
-        In training the norms follow the weights by subspace iteration; the gradient flows through
-        them.
+        In training the norms follow the weights by subspace iteration. Their gradient flows along
+        one vector that power iteration turns: weights begin orthogonal and a limit holds many
+        singular values at one size, so that the largest is now this one and now that one by the
+        last bit of a number, and a gradient along its own direction would jump with it.
         """
         norms = []
-        for weight, directions in self._coupled():
+        for weight, directions, leader in self._coupled():
             if self.training and torch.is_grad_enabled():
-                self._follow(weight, directions)
-            norms.append(_largest((weight @ directions.clone()).norm(dim=0)))
+                self._follow(weight, directions, leader)
+            along = (weight @ leader.clone()).norm()
+            largest = (weight @ directions[:, 0]).norm().detach()
+            norms.append(largest + along - along.detach())
         if self.coupling_limit == 0.0:
             from_context = torch.zeros_like(self.from_context.weight)
             return from_context, self.to_delta.weight, self.to_delta.bias
@@ -390,7 +405,7 @@ class ConvexCell(ContextCell):
         return self.from_context.weight * scale, self.to_delta.weight * scale, self.to_delta.bias
 
     @torch.no_grad()
-    def _follow(self, weight: Tensor, directions: Tensor) -> None:
+    def _follow(self, weight: Tensor, directions: Tensor, leader: Tensor) -> None:
         """Turn orthonormal columns towards the largest singular directions, the first foremost."""
         if not torch.isfinite(weight).all():
             return  # the loss is NaN then, and says so
@@ -401,6 +416,10 @@ class ConvexCell(ContextCell):
         # within their span the largest direction is exact
         inside = torch.linalg.eigh((weight @ followed).T @ (weight @ followed))[1]
         directions.copy_(followed @ inside.flip(1))
+        for _ in range(self.power_iterations):
+            turned = weight.T @ (weight @ leader)
+            # a matrix of zeros leads nowhere
+            leader.copy_(torch.where(turned.norm() > 0.0, F.normalize(turned, dim=0), leader))
 
     def search_map(self, context: Tensor, projected: Tensor, weights: Weights) -> Tensor:
         """Return `delta(context, x)`: the gate does not move the fixed point, so it is left out."""
@@ -446,19 +465,6 @@ class ConvexCell(ContextCell):
 
 
 @torch.no_grad()
-def _largest(values: Tensor) -> Tensor:
-    """Return the first of values, the largest; its gradient flows to all that are nearly as large.
-
-    Weights begin orthogonal, and a limit holds many singular values at one size. The derivative of
-    their maximum would jump from one to another with the last bit of a number; any mean of
-    derivatives of equal ones is as good, and this one does not jump.
-    """
-    with torch.no_grad():
-        share = torch.softmax((values / values[0].clamp(min=1e-30) - 1.0) / _ALIKE, dim=0)
-    mean = (share * values).sum()
-    return values[0].detach() + mean - mean.detach()
-
-
 def _signed_permutation_(weight: Tensor, *, gain: float) -> None:
     """Set rows of a scaled identity, shuffled, with random signs."""
     size = max(weight.shape)

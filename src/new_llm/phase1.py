@@ -92,8 +92,8 @@ class Objective(ABC):
             cell.parameters(), lr=getattr(config, self.rate), fused=True
         )
         self.generator = torch.Generator().manual_seed(seed)
-        # a search reads no gate: such a parameter has no gradient
-        self.loss = self.world.replicated(_Loss(cell, self.compute), partly=True)
+        # where the gate is apart a search does not read it: its parameters have no gradient
+        self.loss = self.world.replicated(_Loss(cell, self.compute), partly=cell.separates_gate)
         self.num_steps = self.count_steps()
 
     @abstractmethod

@@ -239,7 +239,7 @@ class Run:
         done = self._stage("phase1")
         if done is None:
             done = self._train_phase1()
-        self._check_gate(done)
+        self.world.told(lambda: self._check_gate(done))
         return done
 
     def _begin(self, phase: str) -> None:
