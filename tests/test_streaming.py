@@ -30,7 +30,7 @@ from new_llm import dialogues, preparation, store
 from new_llm.config import DataConfig
 from new_llm.data import prepare
 from new_llm.dialogues import DialogueReader, Messages, Position, read_dialogues
-from new_llm.errors import CheckpointError, DataError, DiskFullError
+from new_llm.errors import CheckpointError, DataError, DiskFullError, HubLostError
 from new_llm.preparation import dialogue_hash
 from new_llm.store import StoreWriter, TokenStore, write_store
 from new_llm.tokenizer import ChatTokenizer
@@ -444,6 +444,30 @@ def test_the_hub_and_the_default_package_are_prepared_on(
             prepare(config, tmp_path / "out", progress=stop_after(count))
     prepare(config, tmp_path / "out")
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_hub_that_is_lost_on_the_way_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = [True]
+
+    def unsteady(name: str, split: str, streaming: bool) -> Iterator[dict[str, Messages]]:
+        for number, messages in enumerate(chats(0, 60)):
+            if lost[0] and number == 40:
+                raise ConnectionError("gone\nfor good")
+            yield {"messages": messages}
+
+    monkeypatch.setattr(datasets, "load_dataset", unsteady)
+    config, out = settings_of("somebody/chats", tokenizer="gpt2"), tmp_path / "out"
+    with pytest.raises(HubLostError, match=r"behind row 40, the hub gave none \(gone\); check"):
+        prepare(config, out)
+    lost[0] = False
+    told: list[int] = []
+    prepare(config, out, progress=lambda what, count: told.append(count))
+    assert 20 <= sum(told) < 40
+    prepare(config, tmp_path / "whole")
+    assert tree(out) == tree(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "jsonl"])
