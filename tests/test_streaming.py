@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from new_llm import dialogues, preparation, store
@@ -372,7 +372,8 @@ def test_killed_by_the_system_the_same_bytes_come_out(tmp_path: Path) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(stops=st.lists(st.integers(0, 60), max_size=4), limit=st.none() | st.integers(1, 400))
+@given(stops=st.lists(st.integers(0, 150), max_size=4), limit=st.none() | st.integers(1, 400))
+@example(stops=[310, 7, 20], limit=None)
 def test_reading_from_any_position_is_reading_on(
     tmp_path_factory: pytest.TempPathFactory, stops: list[int], limit: int | None
 ) -> None:
