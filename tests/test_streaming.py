@@ -284,8 +284,8 @@ def test_a_position_of_something_else_begins_again(tmp_path: Path, change: str) 
         config = replace(config, valid_fraction=0.5)
     elif change == "position":
         text = position.read_text()
-        assert '"num_dialogues": 2' in text
-        position.write_text(text.replace('"num_dialogues": 2', '"num_dialogues": 3'))
+        assert '"num_rows": 28' in text
+        position.write_text(text.replace('"num_rows": 28', '"num_rows": 29'))
     elif change == "cut":
         (out / ".preparing" / "train" / "tokens.bin").write_bytes(b"1234")
     else:
@@ -295,6 +295,20 @@ def test_a_position_of_something_else_begins_again(tmp_path: Path, change: str) 
     prepare(config, tmp_path / "whole")
     assert sum(told) == (50 if change == "size" else 60)
     assert tree(out) == tree(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_hashes_of_held_out_dialogues_that_are_gone_are_made_again(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(packed(chats(0, 60)))
+    (tmp_path / "valid.jsonl").write_bytes(packed(chats(40, 60)))
+    config, out = settings_of(tmp_path / "a.jsonl", valid=str(tmp_path / "valid.jsonl")), "out"
+    with pytest.raises(Killed):
+        prepare(config, tmp_path / out, progress=stop_after(7))
+    digests = tmp_path / out / ".preparing" / "digests.bin"
+    assert digests.stat().st_size == 20 * 32
+    digests.write_bytes(digests.read_bytes()[:-40])
+    found = prepare(config, tmp_path / out)
+    assert (found.train.num_dialogues, found.valid.num_dialogues) == (40, 20)
 
 
 def test_dialogues_that_change_while_they_are_read_are_refused(tmp_path: Path) -> None:
