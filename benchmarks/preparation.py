@@ -35,6 +35,8 @@ from new_llm.dialogues import Messages, ReadReport, read_dialogues
 from new_llm.tokenizer import ChatTokenizer
 
 SHARD, BATCH = 10_000, 1000
+# dialogues that a vocabulary is trained on
+VOCABULARY = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,7 @@ class Options:
     dialogues: tuple[int, ...] = (20_000, 200_000)
     """Sizes."""
     tokenizer: str = "bpe"
-    """As `--data.tokenizer`; `bpe` is trained before, on the dialogues of the first size."""
+    """As `--data.tokenizer`; `bpe` is trained before, on the first 20,000 dialogues."""
     repeats: int = 3
     """Turns of the comparison; medians count."""
     folder: Path | None = None
@@ -135,9 +137,8 @@ def compare(options: Options, folder: Path, real: list[Messages]) -> list[dict[s
         source = folder / f"{count}"
         size = write_shards(source, real, count)
         if not vocabulary.exists():
-            contents = (
-                message["content"] for messages in read(str(source)) for message in messages
-            )
+            first = islice(read(str(source)), VOCABULARY)
+            contents = (message["content"] for messages in first for message in messages)
             begun = time.perf_counter()
             tokenizer = ChatTokenizer.from_name(
                 options.tokenizer, contents, DataConfig().vocab_size
@@ -146,6 +147,7 @@ def compare(options: Options, folder: Path, real: list[Messages]) -> list[dict[s
             seconds = time.perf_counter() - begun
             print(f"vocabulary {options.tokenizer}: {seconds:.1f} s, not counted below")
         memory = apart(options, "memory", source, vocabulary)
+        print(f"{count} dialogues: peak RSS {memory['peak_mb']:.1f} MB", flush=True)
         rate = apart(options, "rate", source, vocabulary)
         wall, processor = (
             {name: statistics.median(turn[kind] for turn in turns) for name, turns in rate.items()}

@@ -23,14 +23,14 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from new_llm import dialogues, preparation, store
 from new_llm.config import DataConfig
 from new_llm.data import prepare
 from new_llm.dialogues import DialogueReader, Messages, Position, read_dialogues
-from new_llm.errors import CheckpointError, DataError, DiskFullError
+from new_llm.errors import CheckpointError, DataError, DiskFullError, HubLostError
 from new_llm.preparation import dialogue_hash
 from new_llm.store import StoreWriter, TokenStore, write_store
 from new_llm.tokenizer import ChatTokenizer
@@ -284,8 +284,8 @@ def test_a_position_of_something_else_begins_again(tmp_path: Path, change: str) 
         config = replace(config, valid_fraction=0.5)
     elif change == "position":
         text = position.read_text()
-        assert '"num_dialogues": 2' in text
-        position.write_text(text.replace('"num_dialogues": 2', '"num_dialogues": 3'))
+        assert '"num_rows": 28' in text
+        position.write_text(text.replace('"num_rows": 28', '"num_rows": 29'))
     elif change == "cut":
         (out / ".preparing" / "train" / "tokens.bin").write_bytes(b"1234")
     else:
@@ -295,6 +295,20 @@ def test_a_position_of_something_else_begins_again(tmp_path: Path, change: str) 
     prepare(config, tmp_path / "whole")
     assert sum(told) == (50 if change == "size" else 60)
     assert tree(out) == tree(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_hashes_of_held_out_dialogues_that_are_gone_are_made_again(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(packed(chats(0, 60)))
+    (tmp_path / "valid.jsonl").write_bytes(packed(chats(40, 60)))
+    config, out = settings_of(tmp_path / "a.jsonl", valid=str(tmp_path / "valid.jsonl")), "out"
+    with pytest.raises(Killed):
+        prepare(config, tmp_path / out, progress=stop_after(7))
+    digests = tmp_path / out / ".preparing" / "digests.bin"
+    assert digests.stat().st_size == 20 * 32
+    digests.write_bytes(digests.read_bytes()[:-40])
+    found = prepare(config, tmp_path / out)
+    assert (found.train.num_dialogues, found.valid.num_dialogues) == (40, 20)
 
 
 def test_dialogues_that_change_while_they_are_read_are_refused(tmp_path: Path) -> None:
@@ -372,7 +386,8 @@ def test_killed_by_the_system_the_same_bytes_come_out(tmp_path: Path) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(stops=st.lists(st.integers(0, 60), max_size=4), limit=st.none() | st.integers(1, 400))
+@given(stops=st.lists(st.integers(0, 150), max_size=4), limit=st.none() | st.integers(1, 400))
+@example(stops=[310, 7, 20], limit=None)
 def test_reading_from_any_position_is_reading_on(
     tmp_path_factory: pytest.TempPathFactory, stops: list[int], limit: int | None
 ) -> None:
@@ -444,6 +459,30 @@ def test_the_hub_and_the_default_package_are_prepared_on(
             prepare(config, tmp_path / "out", progress=stop_after(count))
     prepare(config, tmp_path / "out")
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_hub_that_is_lost_on_the_way_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = [True]
+
+    def unsteady(name: str, split: str, streaming: bool) -> Iterator[dict[str, Messages]]:
+        for number, messages in enumerate(chats(0, 60)):
+            if lost[0] and number == 40:
+                raise ConnectionError("gone\nfor good")
+            yield {"messages": messages}
+
+    monkeypatch.setattr(datasets, "load_dataset", unsteady)
+    config, out = settings_of("somebody/chats", tokenizer="gpt2"), tmp_path / "out"
+    with pytest.raises(HubLostError, match=r"behind row 40, the hub gave none \(gone\); check"):
+        prepare(config, out)
+    lost[0] = False
+    told: list[int] = []
+    prepare(config, out, progress=lambda what, count: told.append(count))
+    assert 20 <= sum(told) < 40
+    prepare(config, tmp_path / "whole")
+    assert tree(out) == tree(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "jsonl"])

@@ -52,6 +52,7 @@ def prepare(
 
     Raises:
         DataError: dialogues cannot be read, none is left, or fewer tokens than one sequence.
+        StoppedError: the disk was full, or the hub was lost; the same call goes on later.
     """
     files = source_files(config.source) + (source_files(config.valid) if config.valid else [])
     done = folder / "prepared.json"

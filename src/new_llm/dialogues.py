@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import DataError
+from .errors import DataError, HubLostError
 
 Message = dict[str, str]
 Messages = list[Message]
@@ -92,6 +92,7 @@ def read_dialogues(
 
     Raises:
         DataError: the source is missing, empty or unreadable, or a row is bad.
+        HubLostError: the hub gave some rows and then no more.
     """
     reader = DialogueReader(
         source,
@@ -198,10 +199,10 @@ class DialogueReader:
             yield from self._hub_rows(piece)
 
     def _file_rows(self, path: Path) -> Iterator[tuple[int, str, Any]]:
-        if path.stat().st_size == 0:
-            raise DataError(f"a file with dialogues expected, {path} is empty; check the path")
         parquet = path.suffix == ".parquet"
         try:
+            if path.stat().st_size == 0:
+                raise DataError(f"a file with dialogues expected, {path} is empty; check the path")
             yield from (_parquet_rows if parquet else _json_rows)(path, self._row)
         # each library has its own words for a file that was cut or changed
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -228,6 +229,11 @@ class DialogueReader:
         # the hub's client has dozens of error types for one fact: the name cannot be read from here
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if self._row:
+                raise HubLostError(
+                    f"more rows of {name} {split} expected behind row {self._row}, the hub gave "
+                    f"none ({reason}); check the network and run the same command again"
+                ) from None
             raise DataError(
                 f"a dialogue file or a readable hub dataset expected, got {name!r} split {split!r} "
                 f"({reason}); check the name, the split and the network, or give a local file"

@@ -43,6 +43,10 @@ class NonFiniteError(StoppedError):
     """A loss, gradient or context became NaN or infinite."""
 
 
+class HubLostError(StoppedError):
+    """The hub gave some rows and then no more."""
+
+
 class DiskFullError(StoppedError):
     """There is no room left for what must be written."""
 

@@ -106,7 +106,7 @@ class Preparation:
 
     Raises:
         DataError: dialogues cannot be read, none is left, or fewer tokens than one sequence.
-        DiskFullError: there was no room; with more, the next one goes on.
+        StoppedError: there was no room, or the hub was lost; the next one goes on.
     """
 
     def __init__(
