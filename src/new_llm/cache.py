@@ -4,6 +4,8 @@ Token scope has one row a vocabulary id, `[V, K, C]`, whatever the corpus; seque
 position, `[N, K, C]`, for training a read-out on frozen contexts. Float32, little-endian.
 """
 
+import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from .config import fingerprint, to_dict
 from .console import Advance
 from .data import SegmentStream, TokenStore
 from .errors import CheckpointError, DamagedCacheError, StaleCacheError
-from .files import atomic_folder, read_json, require_space, sha256, write_json
+from .files import atomic_folder, read_json, require_space, sha256, understood, write_json
 from .model import NewLLM
 
 CONTEXTS = "contexts.f32"
@@ -135,9 +137,12 @@ def open_cache(folder: Path, key: str) -> ContextCache:
     """
     try:
         meta: Any = read_json(folder / "cache.json", "a cache")
-        shape, found, checksum = tuple(meta["shape"]), meta["key"], meta["sha256"]
-    except (CheckpointError, KeyError, TypeError) as error:
+        with understood(folder / "cache.json", "a cache"):
+            num_rows, num_blocks, width = map(operator.index, meta["shape"])
+            found, checksum = meta["key"], meta["sha256"]
+    except CheckpointError as error:
         raise DamagedCacheError(f"{error}; delete {folder} and run new-llm cache again") from None
+    shape = (num_rows, num_blocks, width)
     if found != key:
         raise StaleCacheError(
             f"cache of model and data {key} expected, {folder} was built for {found}; "
@@ -145,9 +150,9 @@ def open_cache(folder: Path, key: str) -> ContextCache:
         )
     path = folder / CONTEXTS
     size = path.stat().st_size if path.is_file() else 0
-    if size != 4 * int(np.prod(shape)) or sha256(path) != checksum:
+    if min(shape) < 1 or size != 4 * math.prod(shape) or sha256(path) != checksum:
         raise DamagedCacheError(
-            f"{path} must be {4 * int(np.prod(shape))} bytes with the checksum of cache.json, "
+            f"{path} must be {4 * math.prod(shape)} bytes with the checksum of cache.json, "
             f"got {size} bytes or other content; delete {folder} and run new-llm cache again"
         )
     contexts = np.memmap(path, dtype="<f4", mode="r", shape=shape)

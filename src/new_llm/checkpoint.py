@@ -6,6 +6,7 @@ run them (`trust_remote_code`); we load nothing that can run code.
 """
 
 import hashlib
+import operator
 import os
 import re
 import shutil
@@ -24,8 +25,16 @@ from .card import write_card
 from .cell import ContextCell, ConvexCell, Weights
 from .config import ModelConfig, SolverConfig, fingerprint, from_dict, to_dict
 from .data import ChatTokenizer
-from .errors import CheckpointError, ConfigError
-from .files import atomic_folder, disk_error, read_json, recover_folder, sha256, write_json
+from .errors import CheckpointError, ConfigError, shown
+from .files import (
+    atomic_folder,
+    disk_error,
+    read_json,
+    recover_folder,
+    sha256,
+    understood,
+    write_json,
+)
 from .measurements import pair_ratios, upper_factor
 from .model import LanguageModel, NewLLM, num_parameters
 from .stepper import Steppers
@@ -42,6 +51,8 @@ _SAME = {"q2": 1e-3, "q_inf": 1e-3, "rate": 1e-2}
 # few iterations: a cell that expands would carry one machine's rounding into the rate
 _RATED_ITERATIONS = 8
 _RATED_IDS = 256
+# what Muon and AdamW keep of a weight
+_SLOTS = ({"momentum"}, {"step", "exp_avg", "exp_avg_sq"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +192,8 @@ def load_tensors(path: Path, kind: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{kind} expected, but there is no {path}; the folder is incomplete")
     try:
         return load_file(path)
-    except (SafetensorError, OSError) as error:
+    # the second: types of numbers that this library knows and PyTorch does not
+    except (SafetensorError, KeyError, OSError) as error:
         raise CheckpointError(
             f"{kind} expected, but {path} is damaged ({error}); train or copy it again"
         ) from None
@@ -203,6 +215,16 @@ def load_weights(path: Path, model: nn.Module) -> None:
     except RuntimeError as error:
         first = str(error).strip().splitlines()[-1].strip()
         raise CheckpointError(f"{path} must fit the model of config.json, but {first}") from None
+
+
+def _check_shapes(path: Path, model: nn.Module) -> None:
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    # any type of number has a byte
+    if path.stat().st_size < wanted:
+        raise CheckpointError(
+            f"{path} must fit the model of config.json, but {wanted:,} numbers do not fit into "
+            f"{path.stat().st_size:,} bytes; copy or train the checkpoint again"
+        )
 
 
 def resolve(folder: Path) -> Path:
@@ -240,26 +262,32 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     weights = path / WEIGHTS
     # transformers saved it where there is no checksum
     written = config.get("weights_sha256")
+    with understood(path / "config.json", "a checkpoint's config"):
+        vocab_size, known_by = operator.index(config["vocab_size"]), config.get("tokenizer")
+        model_values, solver_values = config["model"], config["solver"]
     if not weights.is_file() or (written is not None and sha256(weights) != written):
         raise CheckpointError(
             f"{weights} must match the checksum in config.json, but it is truncated or changed; "
             "copy or train the checkpoint again"
         )
     tokenizer = ChatTokenizer.load(path)
-    same = written is None or tokenizer.fingerprint == config["tokenizer"]
-    if tokenizer.vocab_size != config["vocab_size"] or not same:
+    same = written is None or tokenizer.fingerprint == known_by
+    if tokenizer.vocab_size != vocab_size or not same:
         raise CheckpointError(
-            f"the checkpoint's own tokenizer expected ({config['vocab_size']} tokens, "
-            f"{config['tokenizer']}), {path} has one of {tokenizer.vocab_size} tokens "
+            f"the checkpoint's own tokenizer expected ({vocab_size} tokens, "
+            f"{shown(known_by)}), {path} has one of {tokenizer.vocab_size} tokens "
             f"({tokenizer.fingerprint}); put the original tokenizer.json back"
         )
     try:
-        model_config = from_dict(ModelConfig, config["model"])
-        solver = from_dict(SolverConfig, config["solver"])
+        model_config = from_dict(ModelConfig, model_values)
+        solver = from_dict(SolverConfig, solver_values)
     except ConfigError as error:
         raise CheckpointError(f"{path / 'config.json'} cannot be used: {error}") from None
     with torch.random.fork_rng(devices=[]):
-        model = NewLLM(model_config, config["vocab_size"], solver)
+        # shapes alone first: a config that asks for more than its weights would fill the memory
+        with torch.device("meta"):
+            _check_shapes(weights, NewLLM(model_config, vocab_size, solver))
+        model = NewLLM(model_config, vocab_size, solver)
     # what was saved is exact: to compute it again would round it otherwise on another machine
     model.eval()
     load_weights(weights, model)
@@ -328,14 +356,18 @@ def read_training_values(folder: Path) -> dict[str, Any]:
         CheckpointError: they are missing or damaged.
     """
     try:
-        return dict(read_json(folder / "state.json", "a training state"))
+        values = read_json(folder / "state.json", "a training state")
+        with understood(folder / "state.json", "a training state"):
+            if not min(operator.index(values[name]) for name in ("step", "tokens_seen")) >= 0:
+                raise ValueError("a count is negative")
+            return dict(values)
     except CheckpointError as error:
         raise _without_state(folder, error) from None
 
 
 def _without_state(folder: Path, error: CheckpointError) -> CheckpointError:
-    first = str(error).rpartition(";")[0]
-    return CheckpointError(f"{first}; delete {folder} to begin Phase 2 again")
+    first, _, last = str(error).rpartition(";")
+    return CheckpointError(f"{first or last}; delete {folder} to begin Phase 2 again")
 
 
 def load_training_state(
@@ -356,13 +388,44 @@ def load_training_state(
         extra = load_tensors(folder / "extra.safetensors", "a training state")
     except CheckpointError as error:
         raise _without_state(folder, error) from None
-    for which, optimiser in enumerate(optimisers):
-        slots: dict[int, dict[str, Tensor]] = {}
-        for name, value in saved.items():
-            of, index, slot = name.split(".", 2)
-            if int(of) == which:
-                slots.setdefault(int(index), {})[slot] = value
-        optimiser.load_state_dict(optimiser.state_dict() | {"state": slots})
-    torch.set_rng_state(extra.pop("random"))
+    try:
+        for which, optimiser in enumerate(optimisers):
+            with understood(folder / "optimiser.safetensors", "an optimiser state"):
+                optimiser.load_state_dict(
+                    optimiser.state_dict() | {"state": _slots(saved, which, optimiser)}
+                )
+        with understood(folder / "extra.safetensors", "a training state"):
+            _set_random(extra.pop("random"))
+    except CheckpointError as error:
+        raise _without_state(folder, error) from None
     tensors = {name.removeprefix("extra."): value for name, value in extra.items()}
     return TrainingState(tensors=tensors, values=values)
+
+
+def _slots(
+    saved: dict[str, Tensor], which: int, optimiser: torch.optim.Optimizer
+) -> dict[int, dict[str, Tensor]]:
+    """Return what is saved of one optimiser, by the place of the weight.
+
+    Raises:
+        ValueError: it is not what an optimiser of these weights has.
+    """
+    weights = [weight for group in optimiser.param_groups for weight in group["params"]]
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, value in saved.items():
+        of, index, slot = name.split(".", 2)
+        if int(of) != which:
+            continue
+        if value.ndim and value.shape != weights[int(index)].shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}")
+        slots.setdefault(int(index), {})[slot] = value
+    for index, slot in slots.items():
+        if {*slot} not in _SLOTS:
+            raise ValueError(f"weight {index} has {', '.join(slot)}")
+    return slots
+
+
+def _set_random(state: Tensor) -> None:
+    if (state.dtype, state.shape) != (torch.uint8, torch.get_rng_state().shape):
+        raise ValueError(f"a random state has another shape than {tuple(state.shape)}")
+    torch.set_rng_state(state)

@@ -224,13 +224,15 @@ class ReportOptions:
 
 
 def _run(options: RunOptions) -> None:
+    from .files import understood
     from .pipeline import run
     from .tracking import chosen_trackers
 
     console = Console(quiet=options.quiet)
     trackers = chosen_trackers(options.track)
     result = run(options.config, options.out, console=console, trackers=trackers)
-    show_result(result, options.out, console)
+    with understood(options.out / "result.json", "a run's result"):
+        show_result(result, options.out, console)
 
 
 @contextlib.contextmanager

@@ -6,11 +6,12 @@ The only place where a default stands. Imports no torch, so that the command lin
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from .errors import ConfigError
+from .errors import ConfigError, shown
 
 CellName = Literal["sequential", "layerwise", "convex"]
 # entry points of installed packages, name to a class or function that takes a `ModelConfig`
@@ -29,7 +30,9 @@ def _require(owner: object, name: str, holds: bool, wanted: str) -> None:
     if not holds:
         section = _SECTION.get(type(owner).__name__, "")
         given = getattr(owner, name)
-        raise ConfigError(f"{section}{name} must be {wanted}, got {given!r}; change that option")
+        raise ConfigError(
+            f"{section}{name} must be {wanted}, got {shown(given)}; change that option"
+        )
 
 
 def _check_choices(owner: Any) -> None:
@@ -48,8 +51,9 @@ def _check_choices(owner: Any) -> None:
         wider = (*kinds, int) if float in kinds else kinds
         fits = isinstance(value, wider) and (bool in kinds or not isinstance(value, bool))
         _require(owner, name, fits, " or ".join(_KINDS[kind] for kind in kinds))
-        if isinstance(value, float):
-            _require(owner, name, abs(value) < float("inf"), "a finite number")
+        if float in kinds and value is not None:
+            # a whole number of JSON may have more digits than any float
+            _require(owner, name, abs(value) <= sys.float_info.max, "a finite number")
 
 
 def _check_cell(name: str) -> None:
@@ -387,9 +391,13 @@ class SampleConfig:
         _check_choices(self)
         _require(self, "max_new_tokens", self.max_new_tokens >= 1, "at least 1")
         _require(self, "temperature", self.temperature >= 0.0, "at least 0")
+        # float32 holds logits that were divided by these
+        holds = self.temperature == 0.0 or 1e-6 <= self.temperature <= 1e6
+        _require(self, "temperature", holds, "0, or in [1e-6, 1e6]")
         _require(self, "top_k", self.top_k >= 0, "at least 0")
         _require(self, "top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]")
-        _require(self, "repetition_penalty", self.repetition_penalty > 0.0, "positive")
+        holds = 1e-6 <= self.repetition_penalty <= 1e6
+        _require(self, "repetition_penalty", holds, "in [1e-6, 1e6]")
         _require(self, "seed", 0 <= self.seed < SEEDS, f"in [0, {SEEDS})")
 
 
@@ -474,10 +482,12 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
     new_llm.errors.ConfigError: SampleConfig knows no 'temprature'; it has max_new_tokens, ...
     """
     hints = get_type_hints(cls)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{cls.__name__} needs names and values, got {shown(values)}")
     for name in values:
         if name not in hints:
             known = ", ".join(hints)
-            raise ConfigError(f"{cls.__name__} knows no {name!r}; it has {known}")
+            raise ConfigError(f"{cls.__name__} knows no {shown(name)}; it has {known}")
     built = {
         name: from_dict(hints[name], value) if dataclasses.is_dataclass(hints[name]) else value
         for name, value in values.items()

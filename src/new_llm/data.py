@@ -19,7 +19,7 @@ import numpy as np
 from .config import DataConfig, fingerprint
 from .dialogues import Messages, ReadReport, read_dialogues, source_files
 from .errors import CheckpointError, DataError
-from .files import atomic_folder, read_json, sha256, write_json
+from .files import atomic_folder, read_json, sha256, understood, write_json
 from .tokenizer import ChatTokenizer
 
 # dialogues tokenised together, and characters of text that a vocabulary is trained on
@@ -75,15 +75,30 @@ class TokenStore:
         """
         meta = read_json(folder / "store.json", "tokenised data")
         arrays = {}
+        with understood(folder / "store.json", "tokenised data"):
+            checksums = {name: meta["sha256"][name] for name in _ARRAYS}
         for name, dtype in _ARRAYS.items():
             path = folder / f"{name}.bin"
-            if not path.is_file() or sha256(path) != meta["sha256"][name]:
+            if not path.is_file() or sha256(path) != checksums[name]:
                 raise CheckpointError(
                     f"{path} must match the checksum in store.json, but it is missing, truncated "
                     f"or changed; delete {folder.parent} and run the same command again"
                 )
-            arrays[name] = np.memmap(path, dtype=dtype, mode="r")
-        return cls(**arrays, fingerprint=fingerprint(meta["sha256"]))
+            with understood(path, "tokenised data"):
+                arrays[name] = np.memmap(path, dtype=dtype, mode="r")
+        store = cls(**arrays, fingerprint=fingerprint(checksums))
+        offsets = store.offsets
+        if not (
+            offsets[0] == 0
+            and offsets[-1] == len(store.tokens) == len(store.assistant)
+            and (np.diff(offsets) > 0).all()
+            and len(store.num_content_bytes) == store.num_dialogues > 0
+        ):
+            raise CheckpointError(
+                f"tokenised data expected, the arrays in {folder} do not fit together; "
+                f"delete {folder.parent} and run the same command again"
+            )
+        return store
 
 
 def write_store(
@@ -170,7 +185,9 @@ def prepare(
     done = folder / "prepared.json"
     if done.exists():
         record = read_json(done, "tokenised data")
-        if not _unchanged(files, record["files"]):
+        with understood(done, "tokenised data"):
+            unchanged, report = _unchanged(files, record["files"]), dict(record["report"])
+        if not unchanged:
             raise CheckpointError(
                 f"the dialogues that {folder} was made from have changed since; choose a new --out"
             )
@@ -178,7 +195,7 @@ def prepare(
             train=TokenStore.open(folder / "train"),
             valid=TokenStore.open(folder / "valid"),
             tokenizer=ChatTokenizer.load(folder / "tokenizer"),
-            report=record["report"],
+            report=report,
         )
     source = _Source(config)
     texts = source.texts(config.valid is None)

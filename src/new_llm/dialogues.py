@@ -4,13 +4,14 @@ import gzip
 import importlib.util
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError
+from .errors import DataError, shown
 
 Message = dict[str, str]
 Messages = list[Message]
@@ -19,6 +20,8 @@ DEFAULT_SOURCE = "chitchat-dataset"
 ROLES = ("system", "user", "assistant")
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet")
 _PARQUET_BATCH = 1024
+# bytes of a line: more is no dialogue, and may come out of a small file that was packed
+_LONGEST_ROW = 1 << 24
 # characters below which a small talk says nothing to learn from
 _SHORTEST_CHAT = 40
 _CONTACT = re.compile(
@@ -108,7 +111,7 @@ def check_dialogue(row: Any, place: str) -> Messages:
     if isinstance(row, DataError):
         raise row
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
-        given = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+        given = ", ".join(map(str, [*row][:9])) if isinstance(row, dict) else type(row).__name__
         raise DataError(f"{place}: a row with a list of 'messages' expected, got {given}; {remedy}")
     if not row["messages"]:
         raise DataError(f"{place}: at least one message expected, got none; {remedy}")
@@ -117,9 +120,11 @@ def check_dialogue(row: Any, place: str) -> Messages:
         role = message.get("role") if isinstance(message, dict) else None
         content = message.get("content") if isinstance(message, dict) else None
         if role not in ROLES:
-            raise DataError(f"{place}: a role is one of {', '.join(ROLES)}; got {role!r}; {remedy}")
+            raise DataError(
+                f"{place}: a role is one of {', '.join(ROLES)}; got {shown(role)}; {remedy}"
+            )
         if not isinstance(content, str) or not content.strip():
-            given = "an empty one" if isinstance(content, str) else repr(content)
+            given = "an empty one" if isinstance(content, str) else shown(content)
             raise DataError(f"{place}: a content with some text expected, got {given}; {remedy}")
         try:
             content.encode("utf-8")
@@ -143,7 +148,7 @@ def source_files(source: str) -> list[Path]:
 
 def _parts(source: str) -> list[str]:
     """Return the sources that commas join; a file may have commas in its name."""
-    if "," not in source or Path(source).expanduser().exists():
+    if "," not in source or _exists(source):
         return [source]
     parts = [part.strip() for part in source.split(",")]
     if not all(parts):
@@ -151,16 +156,28 @@ def _parts(source: str) -> list[str]:
     return parts
 
 
+def _exists(source: str) -> bool:
+    try:
+        return Path(source).expanduser().exists()
+    # no home of that name, or a name that no file can have
+    except (OSError, RuntimeError):
+        return False
+
+
 def _files(source: str) -> list[Path]:
     if source == DEFAULT_SOURCE:
         return []
-    path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(source).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"a path or a name expected, got {source!r} ({error})") from None
+    if is_folder:
         files = sorted(p for p in path.iterdir() if p.name.endswith(_SUFFIXES))
         if not files:
             raise DataError(f"{', '.join(_SUFFIXES)} files expected in {source}, got none")
         return files
-    if path.is_file():
+    if is_file:
         if not path.name.endswith(_SUFFIXES):
             raise DataError(
                 f"a file ending in {', '.join(_SUFFIXES)} expected, got {source}; rename or convert"
@@ -188,15 +205,28 @@ def _file_rows(files: list[Path]) -> Iterator[tuple[str, Any]]:
             raise DataError(f"a file with dialogues expected, {path} is empty; check the path")
         try:
             yield from _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{path} must be readable, but {error}; copy the file again") from None
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
+        number = 0
+        while line := file.readline(_LONGEST_ROW):
+            number += 1
             place = f"{path}, line {number}"
+            if len(line) == _LONGEST_ROW and not line.endswith(b"\n"):
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(_LONGEST_ROW)
+                yield (
+                    place,
+                    DataError(
+                        f"{place}: fewer than {_LONGEST_ROW:,} bytes a line expected, got more; "
+                        "divide the dialogue or use --data.on-bad-row skip"
+                    ),
+                )
+                continue
             if not line.strip():
                 continue
             try:
@@ -209,7 +239,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
                         f"column {error.start + 1}; convert the file to UTF-8"
                     ),
                 )
-            except (json.JSONDecodeError, RecursionError) as error:
+            # digits without end are a plain ValueError
+            except (ValueError, RecursionError) as error:
                 yield (
                     place,
                     DataError(
@@ -233,7 +264,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}, row {number}", row
-    except pyarrow.ArrowException as error:
+    # text that is no UTF-8 shows when it is taken
+    except (pyarrow.ArrowException, ValueError) as error:
         raise DataError(f"{path} must be a whole Parquet file, but {error}") from None
 
 

@@ -261,7 +261,7 @@ class _Shown:
             (
                 n
                 for text in self._stop
-                for n in range(1, len(text))
+                for n in range(1, min(len(text), len(self._held) + 1))
                 if self._held.endswith(text[:n])
             ),
             default=0,
@@ -390,10 +390,10 @@ class Conversation:
         """
         context = load_tensors(path, "a saved context").get("context")
         wanted = self.checkpoint.model.initial_context(1)
-        if context is None or context.shape != wanted.shape:
-            given = None if context is None else tuple(context.shape)
+        if context is None or (context.shape, context.dtype) != (wanted.shape, wanted.dtype):
+            given = None if context is None else f"{tuple(context.shape)}, {context.dtype}"
             raise CheckpointError(
-                f"a context of shape {tuple(wanted.shape)} expected, {path} holds {given}; "
-                "load one that this model saved"
+                f"a context of shape {tuple(wanted.shape)}, {wanted.dtype} expected, {path} holds "
+                f"{given}; load one that this model saved"
             )
         self._go_on_from(context.to(wanted.device))

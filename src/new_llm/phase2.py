@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -24,8 +24,9 @@ from .checkpoint import TrainingState, load_training_state, save_training_state
 from .config import Phase1Config, Phase2Config
 from .console import Console
 from .data import Segment, SegmentStream, TokenStore, held_out_ids
-from .errors import NonFiniteError
+from .errors import CheckpointError, NonFiniteError
 from .evaluate import Evaluation, evaluate, head
+from .files import understood
 from .model import LanguageModel, NewLLM, token_losses
 from .optimiser import Muon, fast_bfloat16
 from .phase1 import contractive_loss, pair_hinge
@@ -33,6 +34,7 @@ from .recurrence import Engine
 
 Log = Callable[[dict[str, Any]], None]
 
+_ENGINES: tuple[Engine, ...] = get_args(Engine)
 # share of losses kept in the smoothed value that progress shows
 _SMOOTH = 0.95
 # steps between two rows of the history
@@ -178,11 +180,11 @@ def train(
     context = model.initial_context(segments.stream.batch_size)
     if state is not None:
         step, tokens_seen = state.values["step"], state.values["tokens_seen"]
-        drift = state.values["drift"]
-        context = state.tensors["context"].to(context.device)
+        drift = state.values.get("drift")
+        context = _saved(state, "context", context, folder)
     own = _Own(model, data, config, phase1, seed) if isinstance(model, NewLLM) else None
     if own is not None and state is not None:
-        own.restore(state)
+        own.restore(state, folder)
     trainer = _Trainer(model, config, optimisers, context, own)
 
     def save() -> None:
@@ -228,6 +230,22 @@ def train(
     return Phase2Result(
         num_steps=step, tokens_seen=tokens_seen, drift=drift if fresh is None else fresh
     )
+
+
+def _saved(state: TrainingState, name: str, like: Tensor, folder: Path) -> Tensor:
+    """Return a tensor of an interrupted training, in the place of another one.
+
+    Raises:
+        CheckpointError: it is missing, or not of that shape and type.
+    """
+    found = state.tensors.get(name)
+    if found is None or (found.shape, found.dtype) != (like.shape, like.dtype):
+        given = None if found is None else f"{tuple(found.shape)}, {found.dtype}"
+        raise CheckpointError(
+            f"a training state with {name} of {tuple(like.shape)}, {like.dtype} expected, got "
+            f"{given}; delete {folder} to begin Phase 2 again"
+        )
+    return found.to(like.device)
 
 
 @contextmanager
@@ -278,11 +296,16 @@ class _Own:
             device = model.embedding.weight.device
             self.rows = torch.tensor(np.asarray(data.cache.contexts), device=device)
 
-    def restore(self, state: TrainingState) -> None:
+    def restore(self, state: TrainingState, folder: Path) -> None:
         """Go on with the rows and engines of an interrupted training."""
-        self.engines = state.values["engines"]
+        engines = state.values.get("engines")
+        if engines is not None:
+            with understood(folder / "state.json", "a training state"):
+                self.engines = [_ENGINES[_ENGINES.index(engine)] for engine in engines]
+                if self.engines and len(self.engines) != self.model.config.num_blocks:
+                    raise ValueError(f"{len(self.engines)} engines")
         if self.rows is not None:
-            self.rows = state.tensors["rows"].to(self.rows.device)
+            self.rows = _saved(state, "rows", self.rows, folder)
 
     def rebuild_rows(self) -> float | None:
         """Solve every id again with the weights of now; return how far the rows had drifted."""

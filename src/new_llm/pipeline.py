@@ -41,7 +41,7 @@ from .evaluate import (
     token_verdict,
     verdict_dict,
 )
-from .files import disk_error, read_json, write_json, write_text
+from .files import disk_error, read_object, understood, write_json, write_text
 from .generate import Conversation
 from .model import NewLLM, num_parameters
 from .records import open_folder, read_history
@@ -90,7 +90,7 @@ class Run:
 
     def _stage(self, name: str) -> dict[str, Any] | None:
         path = self.folder.stages / f"{name}.json"
-        return read_json(path, f"the result of stage {name}") if path.exists() else None
+        return read_object(path, f"the result of stage {name}") if path.exists() else None
 
     @contextmanager
     def _recorded(self, name: str, begun: float | None = None) -> Iterator[dict[str, Any]]:
@@ -189,7 +189,8 @@ class Run:
         if done is None:
             self._truncate_history(lambda row: False)
             done = self._train_phase1()
-        self._check_gate(done)
+        with understood(self.folder.stages / "phase1.json", "the result of stage phase1"):
+            self._check_gate(done)
         return done
 
     def _train_phase1(self) -> dict[str, Any]:
@@ -387,26 +388,27 @@ class Run:
 
     def _write_result(self) -> dict[str, Any]:
         stages = {name: self._stage(name) or {} for name in _STAGES}
-        result = {
-            "fingerprint": self.config.fingerprint(),
-            "verdict_phase1": stages["phase1"]["verdict"],
-            "verdict_final": stages["evaluate"]["verdict"],
-            "evaluation": stages["evaluate"]["evaluation"],
-            "bigram_loss": stages["evaluate"]["bigram_loss"],
-            "tokens_seen": stages["phase2"]["tokens_seen"],
-            "seconds": {name: stages[name]["seconds"] for name in _STAGES},
-            "convergence": stages["phase1"]["convergence"],
-            "samples": stages["evaluate"]["samples"],
-        }
         final = load_checkpoint(self.folder.checkpoint)
-        write_card(
-            self.folder.checkpoint,
-            contraction=final.config["contraction"],
-            num_parameters=num_parameters(final.model),
-            run=self.config,
-            result=result,
-            prepared=stages["prepare"],
-        )
+        with understood(self.folder.stages, "the results of a run's stages"):
+            result = {
+                "fingerprint": self.config.fingerprint(),
+                "verdict_phase1": stages["phase1"]["verdict"],
+                "verdict_final": stages["evaluate"]["verdict"],
+                "evaluation": stages["evaluate"]["evaluation"],
+                "bigram_loss": stages["evaluate"]["bigram_loss"],
+                "tokens_seen": stages["phase2"]["tokens_seen"],
+                "seconds": {name: stages[name]["seconds"] for name in _STAGES},
+                "convergence": stages["phase1"]["convergence"],
+                "samples": stages["evaluate"]["samples"],
+            }
+            write_card(
+                self.folder.checkpoint,
+                contraction=final.config["contraction"],
+                num_parameters=num_parameters(final.model),
+                run=self.config,
+                result=result,
+                prepared=stages["prepare"],
+            )
         write_report([self.folder.path], self.folder.report, result=result)
         write_json(self.folder.result, result)
         return result
@@ -432,7 +434,7 @@ def run(
     """
     with tracked(config, out, console or Console(quiet=True), trackers) as job:
         if job.folder.result.exists():
-            result = read_json(job.folder.result, "a run's result")
+            result = read_object(job.folder.result, "a run's result")
             if not job.folder.report.exists():
                 write_report([out], job.folder.report)
             return result

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import operator
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Any
 
 from . import __version__
 from .config import RunConfig, to_dict
-from .errors import CheckpointError
-from .files import disk_error, read_json, write_json
+from .errors import CheckpointError, shown
+from .files import disk_error, read_json, read_object, write_json
 
 _STAGES = ("prepare", "phase1", "phase2", "evaluate")
 
@@ -126,7 +127,7 @@ def _differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
             for key in keys
             for row in _differences(theirs.get(key), ours.get(key), f"{name}.{key}".lstrip("."))
         ]
-    return [] if theirs == ours else [f"{name} {theirs!r}, asked for {ours!r}"]
+    return [] if theirs == ours else [f"{name} {shown(theirs)}, asked for {shown(ours)}"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,13 +160,18 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+            # what is asked of every row
+            row["stage"].startswith("phase")
+            operator.index(row["step"])
+        except (ValueError, RecursionError, TypeError, LookupError, AttributeError):
             if number < len(lines):
                 raise CheckpointError(
-                    f"a JSON row a line expected, line {number} of {path} is damaged; "
-                    "remove that line"
+                    f"a JSON row with stage and step a line expected, line {number} of {path} is "
+                    "damaged; remove that line"
                 ) from None
+        else:
+            rows.append(row)
     return rows
 
 
@@ -187,15 +193,15 @@ def read_record(folder: Path, name: str, result: dict[str, Any] | None = None) -
                 f"a finished run's folder expected, {folder} has no result.json; "
                 "finish it by the command that began it"
             )
-        result = dict(read_json(files.result, "a run's result"))
+        result = read_object(files.result, "a run's result")
     stages = {}
     for stage in _STAGES:
         path = files.stages / f"{stage}.json"
-        stages[stage] = read_json(path, f"the result of stage {stage}") if path.exists() else {}
+        stages[stage] = read_object(path, f"the result of stage {stage}") if path.exists() else {}
     return RunRecord(
         name=name,
         result=result,
-        record=read_json(files.config, "a run's config"),
+        record=read_object(files.config, "a run's config"),
         stages=stages,
         history=read_history(files.history),
     )
