@@ -54,6 +54,8 @@ def _check_choices(owner: Any) -> None:
         if float in kinds and value is not None:
             # a whole number of JSON may have more digits than any float
             _require(owner, name, abs(value) <= sys.float_info.max, "a finite number")
+        elif isinstance(value, int):
+            _require(owner, name, abs(value) < 1 << 63, "a whole number of 64 bits")
 
 
 def _check_cell(name: str) -> None:
@@ -297,14 +299,15 @@ class Phase1Config:
                  "in [0, max_iterations)")  # fmt: skip
         steps = self.max_steps
         _require(self, "max_steps", steps is None or steps >= 1, "at least 1, or none")
-        _require(self, "batch_size", self.batch_size >= 2, "at least 2")
+        _require(self, "batch_size", 2 <= self.batch_size <= 1 << 20, "in [2, 1048576]")
         _require(self, "contraction_target", 0.0 < self.contraction_target < 1.0, "in (0, 1)")
         _require(self, "spread_steps", self.spread_steps >= 0, "at least 0")
-        _require(self, "visited_iterations", self.visited_iterations >= 1, "at least 1")
+        visited = self.visited_iterations
+        _require(self, "visited_iterations", 1 <= visited <= 100_000, "in [1, 100000]")
         for name in ("hinge_weight", "residual_weight", "variance_weight", "covariance_weight"):
             _require(self, name, getattr(self, name) >= 0.0, "at least 0")
-        _require(self, "cycle_length", self.cycle_length >= 1, "at least 1")
-        _require(self, "num_cycles", self.num_cycles >= 2, "at least 2")
+        _require(self, "cycle_length", 1 <= self.cycle_length <= 65536, "in [1, 65536]")
+        _require(self, "num_cycles", 2 <= self.num_cycles <= 65536, "in [2, 65536]")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -325,10 +325,17 @@ class Conversation:
         Raises:
             DataError: a content is no UTF-8.
         """
+        return self.answer_ids(
+            self.checkpoint.tokenizer.encode_prompt(messages), config=config, stop=stop
+        )
+
+    def answer_ids(
+        self, ids: list[int], *, config: SampleConfig | None = None, stop: tuple[str, ...] = ()
+    ) -> Iterator[str]:
+        """As `answer`, of messages that `encode_prompt` has turned into token ids already."""
         tokenizer, model = self.checkpoint.tokenizer, self.checkpoint.model
         if config is None:
             config = replace(self.config, seed=(self.config.seed + self.num_turns) % SEEDS)
-        ids = tokenizer.encode_prompt(messages)
         said = Speech(self.checkpoint, ids, config, context=self.context,
                       stop_ids=(tokenizer.im_end_id,), stop=stop)  # fmt: skip
 
@@ -361,6 +368,10 @@ class Conversation:
         other.context, other.num_turns, other.last = self.context, self.num_turns, self.last
         other.recent, other.before = [*self.recent], self.before
         return other
+
+    def let_go(self) -> None:
+        """Keep the context alone: the talk can go on, but nothing of it be looked at."""
+        self.before, self.recent, self.last = self.context, [], None
 
     def reset(self) -> None:
         """Forget everything."""

@@ -420,21 +420,27 @@ class Endpoint:
         if not any(message["content"].strip() for message in messages):
             raise _Refused("a message with some text expected, got none", param="messages")
         config, stops = asked.drawn_by(self.config), asked.stops()
+        # seconds, where a text is long: others are told theirs meanwhile
+        ids = await asyncio.to_thread(_ids, self.checkpoint.tokenizer.encode_prompt, messages)
         self._require_room()
         named = asked.session
         if named is None:
             talk = Conversation(self.checkpoint, self.config)
         else:
             talk = self.sessions.begin(named)
+        said: list[Speech | None] = []
 
         def begin() -> Iterator[str]:
-            return talk.answer(messages, config=config, stop=stops)
+            yield from talk.answer_ids(ids, config=config, stop=stops)
+            said.append(talk.last)
+            # what is kept of a session is its context, however long its texts were
+            talk.let_go()
 
         def ended() -> None:
             if named is not None:
                 self.sessions.end(named, talk)
 
-        told = _Told(self, begin, lambda: talk.last, ended)
+        told = _Told(self, begin, lambda: said[0], ended)
         shape = _Shape(
             kind="chat.completion", id=f"chatcmpl-{uuid.uuid4().hex}", model=self.name,
             session=named,
@@ -454,13 +460,13 @@ class Endpoint:
         if not prompt:
             raise _Refused("a prompt with some text expected, got an empty one", param="prompt")
         config, stops = asked.drawn_by(self.config), asked.stops()
-        self._require_room()
         tokenizer = self.checkpoint.tokenizer
+        ids = await asyncio.to_thread(_ids, tokenizer.encode, prompt)
+        self._require_room()
         roles = (tokenizer.im_start_id, tokenizer.im_end_id)
         speech: list[Speech] = []
 
         def begin() -> Iterator[str]:
-            ids = tokenizer.encode(prompt)
             speech.append(Speech(self.checkpoint, ids, config, stop_ids=roles, stop=stops))
             return iter(speech[0])
 
@@ -473,6 +479,18 @@ class Endpoint:
     def _require_room(self) -> None:
         if self.turns is None or len(self.turns) >= MAX_TEXTS:
             raise _Refused(f"{MAX_TEXTS} texts are told already; try again later", status=429)
+
+
+def _ids(encode: Callable[[Any], list[int]], text: Any) -> list[int]:
+    """Return the token ids of what a client said.
+
+    Raises:
+        _Refused: it is no UTF-8.
+    """
+    try:
+        return encode(text)
+    except NewLLMError as error:
+        raise _Refused(str(error)) from None
 
 
 @dataclass(frozen=True, kw_only=True)
