@@ -11,7 +11,7 @@ import resource
 import signal
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -216,8 +216,9 @@ def damaged(whole: bytes, *, is_json: bool) -> st.SearchStrategy[bytes]:
     return st.one_of(structured, structured, structured, damaged_bytes(whole))
 
 
-def summary(write: Callable[[str], Any]) -> None:
-    """Say how many inputs were tried."""
-    for kind, count in sorted(COUNTS.items()):
-        write(f"{count:7,} {kind}, {REFUSED[kind]:,} refused\n")
-    write(f"{COUNTS.total():7,} inputs in all, {REFUSED.total():,} refused\n")
+def summary() -> str:
+    """Return how many inputs were tried, and how many of them were refused."""
+    rows = [
+        f"{count:7,} {kind}, {REFUSED[kind]:,} refused" for kind, count in sorted(COUNTS.items())
+    ]
+    return "\n".join([*rows, f"{COUNTS.total():7,} inputs in all, {REFUSED.total():,} refused"])

@@ -43,16 +43,7 @@ from new_llm.tokenizer import IM_END, IM_START, ChatTokenizer
 
 QUIET = Console(quiet=True)
 SHORT = SampleConfig(max_new_tokens=3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _counted(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Say at the end how many inputs were tried."""
-    yield
-    reporter: Any = request.config.pluginmanager.getplugin("terminalreporter")
-    if reporter is not None:
-        reporter.ensure_newline()
-        fuzz.summary(reporter.write)
+SCALE_IS_SHORT = fuzz.SCALE == 1
 
 
 @pytest.fixture(scope="module")
@@ -894,9 +885,6 @@ def test_a_sample_through_the_command_itself(
         shutil.rmtree(place)
 
 
-SCALE_IS_SHORT = fuzz.SCALE == 1
-
-
 def _one_command(given_arguments: list[str], place: Path) -> None:
     before = fuzz.listing(place)
     made = subprocess.run(
@@ -964,3 +952,10 @@ _COMMANDS: dict[str, Command] = {
     "checkpoint": _on_checkpoint, "data": _on_data, "result": _on_result, "report": _on_report,
     "option": _on_option, "talk": _on_talk,
 }  # fmt: skip
+
+
+def test_how_many_inputs_were_tried(capsys: pytest.CaptureFixture[str]) -> None:
+    """The last one: the long form says what it did."""
+    if not SCALE_IS_SHORT:
+        with capsys.disabled():
+            print("\n" + fuzz.summary())
