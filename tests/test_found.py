@@ -244,6 +244,13 @@ def test_arrays_that_do_not_fit_together_are_refused(
             TokenStore.open(tmp_path / "store")
 
 
+def test_tokens_of_another_vocabulary_are_refused(loaded: Checkpoint, tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", iter(real_dialogues(3)), loaded.tokenizer)
+    for vocab_size in (2, loaded.tokenizer.vocab_size - 1):
+        with pytest.raises(CheckpointError, match="made by another one"):
+            store.token_counts(vocab_size)
+
+
 @pytest.mark.parametrize("type_", [torch.int64, torch.float64, torch.complex64])
 def test_a_saved_context_of_other_numbers_is_refused(
     type_: torch.dtype, loaded: Checkpoint, tmp_path: Path

@@ -60,10 +60,20 @@ class TokenStore:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
-        """Return how often each id occurs, int64 `[V]`."""
+        """Return how often each id occurs, int64 `[V]`.
+
+        Raises:
+            CheckpointError: one is not of this vocabulary.
+        """
         counts = np.zeros(vocab_size, dtype=np.int64)
         for start in range(0, self.num_tokens, 1 << 22):
-            counts += np.bincount(self.tokens[start : start + (1 << 22)], minlength=vocab_size)
+            part = self.tokens[start : start + (1 << 22)]
+            if part.min() < 0 or part.max() >= vocab_size:
+                raise CheckpointError(
+                    f"tokens of a vocabulary of {vocab_size} expected, the tokenised data was made "
+                    "by another one; use a new --out"
+                )
+            counts += np.bincount(part, minlength=vocab_size)
         return counts
 
     @classmethod
