@@ -268,8 +268,10 @@ def test_a_place_that_no_file_can_have_does_not_end_a_chat(
 
     chat = Chat(loaded, SampleConfig(max_new_tokens=2))
     for word in ("/load", "/save"):
-        chat.hear(f"{word} {'x' * 300}")
-    assert not chat.ended and capsys.readouterr().out.count("x" * 300) >= 1
+        for place in ("x" * 300, "\ud800", "a\0b"):
+            chat.hear(f"{word} {place}")
+    said = capsys.readouterr().out
+    assert not chat.ended and "x" * 300 in said and "choose another name" in said
 
 
 @pytest.mark.parametrize("place", ["train", "chats", "tokenizer", "train/.."])

@@ -173,6 +173,9 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         # transformers asks which framework wrote a file
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path,
                   metadata={"format": "pt"})  # fmt: skip
+    # the Rust library takes names in UTF-8 only, and none with a zero byte
+    except (UnicodeError, ValueError) as error:
+        raise CheckpointError(f"{path} must be written, but {error}; choose another name") from None
     except SafetensorError as error:
         # the Rust library has no other place for the system's error number
         number = re.search(r"os error (\d+)", str(error))
