@@ -367,8 +367,9 @@ def test_the_report_is_one_offline_page(finished: Path, tmp_path: Path) -> None:
 
 def test_a_history_cut_short_is_read_up_to_there(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert read_history(path) == [{"step": 1}, {"step": 2}]
+    rows = [{"stage": "phase1", "step": 1}, {"stage": "phase1", "step": 2}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"st')
+    assert read_history(path) == rows
     assert read_history(tmp_path / "none") == []
 
 

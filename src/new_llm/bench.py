@@ -12,7 +12,7 @@ from .ablations import Ablations
 from .config import fingerprint
 from .console import Console
 from .errors import ConfigError
-from .files import read_json, write_json
+from .files import read_object, understood, write_json
 from .quality import PARAMETERS, Long, Quality
 from .results import finished, tables, write_page
 from .speed import (
@@ -140,8 +140,10 @@ def run_bench(
         mark = "" if chosen in LONG else "-" + fingerprint([about, plain])[:12]
         kept = None if out is None else out / f"{chosen}{mark}.json"
         if kept is not None and kept.exists() and chosen not in LONG:
-            result = read_json(kept, "the result of a benchmark")
+            result = read_object(kept, "the result of a benchmark")
             result.setdefault("command", _command(chosen, bench))
+            with understood(kept, "the result of a benchmark"):
+                list(tables(chosen, result))
         else:
             torch.manual_seed(0)
             result = {"rows": BENCHES[chosen](bench), **about}

@@ -355,8 +355,8 @@ class ConvexCell(ContextCell):
             values, vectors = torch.linalg.svd(weight.float())[1:]
             directions.copy_(vectors[: directions.shape[1]].T)
             # a decomposition picks any of those that are nearly as large; only a lost one goes
-            if not (weight @ leader).norm() >= _LEADS * values[0]:
-                leader.copy_(vectors[0])
+            leads = (weight @ leader).norm() >= _LEADS * values[0]
+            leader.copy_(torch.where(leads, leader, vectors[0]))
 
     def _coupled(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         return [

@@ -6,6 +6,7 @@ run them (`trust_remote_code`); we load nothing that can run code.
 """
 
 import hashlib
+import operator
 import os
 import re
 import shutil
@@ -23,7 +24,7 @@ from .card import write_card
 from .cell import ContextCell, ConvexCell, Weights
 from .config import ModelConfig, SolverConfig, fingerprint, from_dict, to_dict
 from .data import ChatTokenizer
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, shown
 from .files import (
     atomic_folder,
     checksums,
@@ -32,6 +33,7 @@ from .files import (
     recover_folder,
     require_files,
     require_sealed,
+    understood,
     write_json,
     write_sealed,
 )
@@ -179,6 +181,9 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         # transformers asks which framework wrote a file
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path,
                   metadata={"format": "pt"})  # fmt: skip
+    # the Rust library takes names in UTF-8 only, and none with a zero byte
+    except (UnicodeError, ValueError) as error:
+        raise CheckpointError(f"{path} must be written, but {error}; choose another name") from None
     except SafetensorError as error:
         # the Rust library has no other place for the system's error number
         number = re.search(r"os error (\d+)", str(error))
@@ -198,7 +203,8 @@ def load_tensors(path: Path, kind: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{kind} expected, but there is no {path}; the folder is incomplete")
     try:
         return load_file(path)
-    except (SafetensorError, OSError) as error:
+    # the second: types of numbers that this library knows and PyTorch does not
+    except (SafetensorError, KeyError, OSError) as error:
         raise CheckpointError(
             f"{kind} expected, but {path} is damaged ({error}); train or copy it again"
         ) from None
@@ -220,6 +226,16 @@ def load_weights(path: Path, model: nn.Module) -> None:
     except RuntimeError as error:
         first = str(error).strip().splitlines()[-1].strip()
         raise CheckpointError(f"{path} must fit the model of config.json, but {first}") from None
+
+
+def _check_shapes(path: Path, model: nn.Module) -> None:
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    # any type of number has a byte
+    if path.stat().st_size < wanted:
+        raise CheckpointError(
+            f"{path} must fit the model of config.json, but {wanted:,} numbers do not fit into "
+            f"{path.stat().st_size:,} bytes; copy or train the checkpoint again"
+        )
 
 
 def resolve(folder: Path) -> Path:
@@ -260,21 +276,27 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         kind = "a checkpoint's config"
         require_sealed(path / "config.json", config, kind, version=version, remedy=_AGAIN)
         require_files(path, config["files"], remedy=_AGAIN)
+    with understood(path / "config.json", "a checkpoint's config"):
+        vocab_size, known_by = operator.index(config["vocab_size"]), config.get("tokenizer")
+        model_values, solver_values = config["model"], config["solver"]
     tokenizer = ChatTokenizer.load(path)
-    same = not written or tokenizer.fingerprint == config["tokenizer"]
-    if tokenizer.vocab_size != config["vocab_size"] or not same:
+    same = not written or tokenizer.fingerprint == known_by
+    if tokenizer.vocab_size != vocab_size or not same:
         raise CheckpointError(
-            f"the checkpoint's own tokenizer expected ({config['vocab_size']} tokens, "
-            f"{config['tokenizer']}), {path} has one of {tokenizer.vocab_size} tokens "
+            f"the checkpoint's own tokenizer expected ({vocab_size} tokens, "
+            f"{shown(known_by)}), {path} has one of {tokenizer.vocab_size} tokens "
             f"({tokenizer.fingerprint}); put the original tokenizer.json back"
         )
     try:
-        model_config = from_dict(ModelConfig, config["model"])
-        solver = from_dict(SolverConfig, config["solver"])
+        model_config = from_dict(ModelConfig, model_values)
+        solver = from_dict(SolverConfig, solver_values)
     except ConfigError as error:
         raise CheckpointError(f"{path / 'config.json'} cannot be used: {error}") from None
     with torch.random.fork_rng(devices=[]):
-        model = NewLLM(model_config, config["vocab_size"], solver)
+        # shapes alone first: a config that asks for more than its weights would fill the memory
+        with torch.device("meta"):
+            _check_shapes(path / WEIGHTS, NewLLM(model_config, vocab_size, solver))
+        model = NewLLM(model_config, vocab_size, solver)
     # what was saved is exact: to compute it again would round it otherwise on another machine
     model.eval()
     load_weights(path / WEIGHTS, model)

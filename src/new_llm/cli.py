@@ -226,6 +226,7 @@ class ReportOptions:
 
 
 def _run(options: RunOptions) -> None:
+    from .files import understood
     from .pipeline import run
     from .tracking import chosen_trackers
 
@@ -235,7 +236,8 @@ def _run(options: RunOptions) -> None:
         options.config, options.out, console=console, trackers=trackers, sharded=options.fsdp
     )
     if is_main_process():
-        show_result(result, options.out, console)
+        with understood(options.out / "result.json", "a run's result"):
+            show_result(result, options.out, console)
 
 
 @contextlib.contextmanager

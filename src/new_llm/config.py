@@ -6,11 +6,12 @@ The only place where a default stands. Imports no torch, so that the command lin
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from .errors import ConfigError
+from .errors import ConfigError, shown
 
 CellName = Literal["sequential", "layerwise", "convex"]
 # entry points of installed packages, name to a class or function that takes a `ModelConfig`
@@ -29,7 +30,9 @@ def _require(owner: object, name: str, holds: bool, wanted: str) -> None:
     if not holds:
         section = _SECTION.get(type(owner).__name__, "")
         given = getattr(owner, name)
-        raise ConfigError(f"{section}{name} must be {wanted}, got {given!r}; change that option")
+        raise ConfigError(
+            f"{section}{name} must be {wanted}, got {shown(given)}; change that option"
+        )
 
 
 def _check_choices(owner: Any) -> None:
@@ -48,8 +51,11 @@ def _check_choices(owner: Any) -> None:
         wider = (*kinds, int) if float in kinds else kinds
         fits = isinstance(value, wider) and (bool in kinds or not isinstance(value, bool))
         _require(owner, name, fits, " or ".join(_KINDS[kind] for kind in kinds))
-        if isinstance(value, float):
-            _require(owner, name, abs(value) < float("inf"), "a finite number")
+        if float in kinds and value is not None:
+            # a whole number of JSON may have more digits than any float
+            _require(owner, name, abs(value) <= sys.float_info.max, "a finite number")
+        elif isinstance(value, int) and name != "seed":  # whose own range is named below
+            _require(owner, name, abs(value) < 1 << 63, "a whole number of 64 bits")
 
 
 def _check_cell(name: str) -> None:
@@ -293,14 +299,15 @@ class Phase1Config:
                  "in [0, max_iterations)")  # fmt: skip
         steps = self.max_steps
         _require(self, "max_steps", steps is None or steps >= 1, "at least 1, or none")
-        _require(self, "batch_size", self.batch_size >= 2, "at least 2")
+        _require(self, "batch_size", 2 <= self.batch_size <= 1 << 20, "in [2, 1048576]")
         _require(self, "contraction_target", 0.0 < self.contraction_target < 1.0, "in (0, 1)")
         _require(self, "spread_steps", self.spread_steps >= 0, "at least 0")
-        _require(self, "visited_iterations", self.visited_iterations >= 1, "at least 1")
+        visited = self.visited_iterations
+        _require(self, "visited_iterations", 1 <= visited <= 100_000, "in [1, 100000]")
         for name in ("hinge_weight", "residual_weight", "variance_weight", "covariance_weight"):
             _require(self, name, getattr(self, name) >= 0.0, "at least 0")
-        _require(self, "cycle_length", self.cycle_length >= 1, "at least 1")
-        _require(self, "num_cycles", self.num_cycles >= 2, "at least 2")
+        _require(self, "cycle_length", 1 <= self.cycle_length <= 65536, "in [1, 65536]")
+        _require(self, "num_cycles", 2 <= self.num_cycles <= 65536, "in [2, 65536]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -387,9 +394,13 @@ class SampleConfig:
         _check_choices(self)
         _require(self, "max_new_tokens", self.max_new_tokens >= 1, "at least 1")
         _require(self, "temperature", self.temperature >= 0.0, "at least 0")
+        # float32 holds logits that were divided by these
+        holds = self.temperature == 0.0 or 1e-6 <= self.temperature <= 1e6
+        _require(self, "temperature", holds, "0, or in [1e-6, 1e6]")
         _require(self, "top_k", self.top_k >= 0, "at least 0")
         _require(self, "top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]")
-        _require(self, "repetition_penalty", self.repetition_penalty > 0.0, "positive")
+        holds = 1e-6 <= self.repetition_penalty <= 1e6
+        _require(self, "repetition_penalty", holds, "in [1e-6, 1e6]")
         _require(self, "seed", 0 <= self.seed < SEEDS, f"in [0, {SEEDS})")
 
 
@@ -491,10 +502,12 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
     new_llm.errors.ConfigError: SampleConfig knows no 'temprature'; it has max_new_tokens, ...
     """
     hints = get_type_hints(cls)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{cls.__name__} needs names and values, got {shown(values)}")
     for name in values:
         if name not in hints:
             known = ", ".join(hints)
-            raise ConfigError(f"{cls.__name__} knows no {name!r}; it has {known}")
+            raise ConfigError(f"{cls.__name__} knows no {shown(name)}; it has {known}")
     built = {
         name: from_dict(hints[name], value) if dataclasses.is_dataclass(hints[name]) else value
         for name, value in values.items()

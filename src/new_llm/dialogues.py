@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import DataError, HubLostError
+from .errors import DataError, HubLostError, shown
 
 Message = dict[str, str]
 Messages = list[Message]
@@ -30,6 +30,8 @@ _FILE_LIKE = (*_SUFFIXES, ".gz", ".zst", ".bz2", ".xz", ".txt", ".csv")
 _PARQUET_BATCH = 256
 # small, so that the error of a file that was cut says where it was
 _BLOCK_BYTES = 1 << 16
+# bytes of a line: more is no dialogue, and may come out of a small file that was packed
+_LONGEST_ROW = 1 << 24
 # characters below which a small talk says nothing to learn from
 _SHORTEST_CHAT = 40
 _CONTACT = re.compile(
@@ -254,7 +256,7 @@ def check_dialogue(row: Any, place: str) -> Messages:
     if isinstance(row, DataError):
         raise row
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
-        given = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+        given = ", ".join(map(str, [*row][:9])) if isinstance(row, dict) else type(row).__name__
         raise DataError(f"{place}: a row with a list of 'messages' expected, got {given}; {remedy}")
     if not row["messages"]:
         raise DataError(f"{place}: at least one message expected, got none; {remedy}")
@@ -263,9 +265,11 @@ def check_dialogue(row: Any, place: str) -> Messages:
         role = message.get("role") if isinstance(message, dict) else None
         content = message.get("content") if isinstance(message, dict) else None
         if role not in ROLES:
-            raise DataError(f"{place}: a role is one of {', '.join(ROLES)}; got {role!r}; {remedy}")
+            raise DataError(
+                f"{place}: a role is one of {', '.join(ROLES)}; got {shown(role)}; {remedy}"
+            )
         if not isinstance(content, str) or not content.strip():
-            given = "an empty one" if isinstance(content, str) else repr(content)
+            given = "an empty one" if isinstance(content, str) else shown(content)
             raise DataError(f"{place}: a content with some text expected, got {given}; {remedy}")
         try:
             content.encode("utf-8")
@@ -289,7 +293,7 @@ def source_files(source: str) -> list[Path]:
 
 def _parts(source: str) -> list[str]:
     """Return the sources that commas join; a file may have commas in its name."""
-    if "," not in source or Path(source).expanduser().exists():
+    if "," not in source or _exists(source):
         return [source]
     parts = [part.strip() for part in source.split(",")]
     if not all(parts):
@@ -297,16 +301,28 @@ def _parts(source: str) -> list[str]:
     return parts
 
 
+def _exists(source: str) -> bool:
+    try:
+        return Path(source).expanduser().exists()
+    # no home of that name, or a name that no file can have
+    except (OSError, RuntimeError):
+        return False
+
+
 def _files(source: str) -> list[Path]:
     if source == DEFAULT_SOURCE:
         return []
-    path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(source).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"a path or a name expected, got {source!r} ({error})") from None
+    if is_folder:
         files = sorted(p for p in path.iterdir() if p.name.endswith(_SUFFIXES))
         if not files:
             raise DataError(f"{', '.join(_SUFFIXES)} files expected in {source}, got none")
         return files
-    if path.is_file():
+    if is_file:
         if not path.name.endswith(_SUFFIXES):
             raise DataError(
                 f"a file ending in {', '.join(_SUFFIXES)} expected, got {source}; rename or convert"
@@ -336,12 +352,29 @@ def _open_lines(path: Path) -> BinaryIO:
     return path.open("rb", _BLOCK_BYTES)
 
 
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yield lines; of one that is too long only its beginning, one byte longer than may be."""
+    while line := file.readline(_LONGEST_ROW + 1):
+        yield line
+        while len(line) > _LONGEST_ROW and not line.endswith(b"\n"):
+            line = file.readline(_LONGEST_ROW + 1)
+            if len(line) <= _LONGEST_ROW:
+                break
+
+
 def _json_rows(path: Path, num_behind: int) -> Iterator[tuple[int, str, Any]]:
     with _open_lines(path) as file:
-        for number, line in enumerate(islice(file, num_behind, None), start=num_behind + 1):
+        for number, line in enumerate(islice(_lines(file), num_behind, None), num_behind + 1):
             if line.isspace():
                 continue
             place = f"{path}, line {number}"
+            if len(line) > _LONGEST_ROW:
+                wrong = DataError(
+                    f"{place}: at most {_LONGEST_ROW:,} bytes a line expected, got more; "
+                    "divide the dialogue or use --data.on-bad-row skip"
+                )
+                yield number, place, wrong
+                continue
             try:
                 yield number, place, json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
@@ -350,7 +383,8 @@ def _json_rows(path: Path, num_behind: int) -> Iterator[tuple[int, str, Any]]:
                     f"column {error.start + 1}; convert the file to UTF-8"
                 )
                 yield number, place, wrong
-            except (json.JSONDecodeError, RecursionError) as error:
+            # digits without end are a plain ValueError
+            except (ValueError, RecursionError) as error:
                 wrong = DataError(
                     f"{place}: one JSON object a line expected, got {error}; "
                     "mend the row or use --data.on-bad-row skip"
@@ -381,7 +415,8 @@ def _parquet_rows(path: Path, num_behind: int) -> Iterator[tuple[int, str, Any]]
                     for row in batch.slice(behind).to_pylist():
                         number += 1
                         yield number, f"{path}, row {number}", row
-    except pyarrow.ArrowException as error:
+    # text that is no UTF-8 shows when it is taken
+    except (pyarrow.ArrowException, ValueError) as error:
         raise DataError(f"{path} must be a whole Parquet file, but {error}") from None
 
 

@@ -1,12 +1,46 @@
 """Typed errors. Each says what was wanted, what was given and what to do, in one or two lines."""
 
+import reprlib
+
+# characters of a message: what was given may be a file of megabytes
+_LONGEST = 1200
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 80, 80, 80
+
 
 class NewLLMError(Exception):
-    """Base of every error that a user can meet; the command line prints it without a traceback."""
+    r"""Base of every error that a user can meet; the command line prints it without a traceback.
+
+    >>> str(NewLLMError("text expected, got a\n\x1b[31m"))
+    'text expected, got a\\n\\x1b[31m'
+    """
 
     exit_code = 2
     said = False
     """Whether another process of the same run says it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_line(message))
+
+
+def shown(value: object) -> str:
+    """Return a value as an error shows it: of a long or deep one, the beginning and the end.
+
+    >>> shown("no"), len(shown("x" * 1000)), len(shown([[[["x"] * 9] * 9] * 9] * 9)) < 400
+    ("'no'", 80, True)
+    """
+    return _SHORT.repr(value)
+
+
+def _line(text: str) -> str:
+    """Return a text as one line that any terminal can show."""
+    return _cut("".join(c if c.isprintable() else repr(c)[1:-1] for c in _cut(text)))
+
+
+def _cut(text: str) -> str:
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
 
 
 class ConfigError(NewLLMError):

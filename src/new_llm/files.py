@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, DiskFullError
+from .errors import CheckpointError, DiskFullError, shown
 
 _BLOCK_BYTES = 1 << 22
 # what must stay free beside a large file, so that logs and checkpoints still fit
@@ -120,7 +120,7 @@ def read_json(path: Path, kind: str) -> Any:
         CheckpointError: it is missing or damaged; `kind` says what it should have been.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except FileNotFoundError:
         raise CheckpointError(
             f"{kind} expected, but there is no {path}; check the folder's name"
@@ -129,7 +129,8 @@ def read_json(path: Path, kind: str) -> Any:
         raise CheckpointError(
             f"{kind} expected, but {path} cannot be read ({error.strerror}); check its permissions"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    # no UTF-8, no JSON, digits without end, brackets without end
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{kind} expected, but {path} is damaged ({error})") from None
 
 
@@ -272,6 +273,47 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def read_object(path: Path, kind: str) -> dict[str, Any]:
+    """Read a JSON file that this package wrote, of names and values.
+
+    Raises:
+        CheckpointError: it is missing or damaged; `kind` says what it should have been.
+    """
+    value = read_json(path, kind)
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{kind} expected, but {path} holds no names and values: {shown(value)}"
+        )
+    return value
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"a finite number expected, got {name}")
+
+
+@contextmanager
+def understood(path: Path, kind: str) -> Iterator[None]:
+    """Say which file is damaged, where values that it holds cannot be used.
+
+    Only for what fails because of them: whole JSON whose keys and types are others.
+
+    >>> with understood(Path("x.json"), "a record"):
+    ...     {}["step"]
+    Traceback (most recent call last):
+    new_llm.errors.CheckpointError: a record expected, but x.json holds something else (KeyError...
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"{kind} expected, but {path} holds something else ({reason})"
+        ) from error
 
 
 def sha256(path: Path) -> str:

@@ -261,7 +261,7 @@ class _Shown:
             (
                 n
                 for text in self._stop
-                for n in range(1, len(text))
+                for n in range(1, min(len(text), len(self._held) + 1))
                 if self._held.endswith(text[:n])
             ),
             default=0,
@@ -325,10 +325,17 @@ class Conversation:
         Raises:
             DataError: a content is no UTF-8.
         """
+        return self.answer_ids(
+            self.checkpoint.tokenizer.encode_prompt(messages), config=config, stop=stop
+        )
+
+    def answer_ids(
+        self, ids: list[int], *, config: SampleConfig | None = None, stop: tuple[str, ...] = ()
+    ) -> Iterator[str]:
+        """As `answer`, of messages that `encode_prompt` has turned into token ids already."""
         tokenizer, model = self.checkpoint.tokenizer, self.checkpoint.model
         if config is None:
             config = replace(self.config, seed=(self.config.seed + self.num_turns) % SEEDS)
-        ids = tokenizer.encode_prompt(messages)
         said = Speech(self.checkpoint, ids, config, context=self.context,
                       stop_ids=(tokenizer.im_end_id,), stop=stop)  # fmt: skip
 
@@ -362,6 +369,10 @@ class Conversation:
         other.recent, other.before = [*self.recent], self.before
         return other
 
+    def let_go(self) -> None:
+        """Keep the context alone: the talk can go on, but nothing of it be looked at."""
+        self.before, self.recent, self.last = self.context, [], None
+
     def reset(self) -> None:
         """Forget everything."""
         self._go_on_from(None)
@@ -390,10 +401,10 @@ class Conversation:
         """
         context = load_tensors(path, "a saved context").get("context")
         wanted = self.checkpoint.model.initial_context(1)
-        if context is None or context.shape != wanted.shape:
-            given = None if context is None else tuple(context.shape)
+        if context is None or (context.shape, context.dtype) != (wanted.shape, wanted.dtype):
+            given = None if context is None else f"{tuple(context.shape)}, {context.dtype}"
             raise CheckpointError(
-                f"a context of shape {tuple(wanted.shape)} expected, {path} holds {given}; "
-                "load one that this model saved"
+                f"a context of shape {tuple(wanted.shape)}, {wanted.dtype} expected, {path} holds "
+                f"{given}; load one that this model saved"
             )
         self._go_on_from(context.to(wanted.device))

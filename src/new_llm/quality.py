@@ -35,7 +35,7 @@ from .data import TokenStore, dialogue_hash, held_out_ids, is_held_out, write_st
 from .dialogues import DEFAULT_SOURCE, Messages, ReadReport, read_dialogues
 from .errors import CheckpointError, DataError
 from .evaluate import Evaluation, evaluate, rebuilt_gains, sequence_verdict, token_verdict
-from .files import read_json, sha256, write_json
+from .files import read_object, sha256, understood, write_json
 from .model import LanguageModel, NewLLM, num_parameters
 from .peers import Peer
 from .phase1 import train as train_phase1
@@ -74,14 +74,15 @@ class Corpus:
     @classmethod
     def open(cls, folder: Path) -> "Corpus":
         """Open what `prepare_corpus` wrote."""
-        record = read_json(folder / "corpus.json", "a corpus")
-        return cls(
-            folder=folder,
-            train=TokenStore.open(folder / "train"),
-            held_out={name: TokenStore.open(folder / name) for name in record["held_out"]},
-            vocab_size=record["vocab_size"],
-            fingerprint=record["fingerprint"],
-        )
+        record = read_object(folder / "corpus.json", "a corpus")
+        with understood(folder / "corpus.json", "a corpus"):
+            return cls(
+                folder=folder,
+                train=TokenStore.open(folder / "train"),
+                held_out={name: TokenStore.open(folder / name) for name in record["held_out"]},
+                vocab_size=record["vocab_size"],
+                fingerprint=record["fingerprint"],
+            )
 
     def tokenizer(self) -> ChatTokenizer:
         """Return the tokenizer that made its tokens."""
@@ -109,15 +110,22 @@ def prepare_corpus(
         DataError: dialogues cannot be read.
         CheckpointError: `folder` holds a corpus of other sources.
     """
+    # a part is kept by its name: `.` and `..` would lead out of the folder
+    name = "" if data is None else data.name if data.name not in ("", "..") else data.resolve().name
+    if data is not None and name in ("", "chats", "tokenizer", "train"):
+        raise DataError(
+            f"a folder of dialogues expected whose name is not one of a corpus's own parts, got "
+            f"{str(data)!r}; rename it"
+        )
     # two folders may have one name
     files = [] if data is None else [data / "train.jsonl", data / "valid.jsonl"]
-    asked = {"data": None if data is None else data.name, "vocab_size": vocab_size,
+    asked = {"data": None if data is None else name, "vocab_size": vocab_size,
              "max_dialogues": max_dialogues,
              "sha256": [sha256(path) for path in files if path.is_file()]}  # fmt: skip
     done = folder / "corpus.json"
     if done.exists():
-        record = read_json(done, "a corpus")
-        if record["asked"] != asked:
+        record = read_object(done, "a corpus")
+        if record.get("asked") != asked:
             raise CheckpointError(
                 f"a corpus of the same dialogues, vocabulary size and number expected in {folder}, "
                 "it holds another; use a new --out"
@@ -132,7 +140,7 @@ def prepare_corpus(
 
     parts = {"chats": [m for m in read(DEFAULT_SOURCE) if is_held_out(m, _HELD_OUT_SHARE)]}
     if data is not None:
-        parts[data.name] = list(read(str(data / "valid.jsonl")))
+        parts[name] = list(read(str(data / "valid.jsonl")))
     known = {dialogue_hash(messages) for part in parts.values() for messages in part}
 
     def training() -> Iterator[Messages]:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import operator
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from . import __version__
 from .config import RunConfig, to_dict
-from .errors import CheckpointError
+from .errors import CheckpointError, shown
 from .files import disk_error, read_sealed, sha256, write_sealed
 
 # of the JSON records of a run's folder
@@ -149,7 +150,7 @@ def _differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
             for key in keys
             for row in _differences(theirs.get(key), ours.get(key), f"{name}.{key}".lstrip("."))
         ]
-    return [] if theirs == ours else [f"{name} {theirs!r}, asked for {ours!r}"]
+    return [] if theirs == ours else [f"{name} {shown(theirs)}, asked for {shown(ours)}"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,13 +183,18 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+            # what is asked of every row
+            row["stage"].startswith("phase")
+            operator.index(row["step"])
+        except (ValueError, RecursionError, TypeError, LookupError, AttributeError):
             if number < len(lines):
                 raise CheckpointError(
-                    f"a JSON row a line expected, line {number} of {path} is damaged; "
-                    "remove that line"
+                    f"a JSON row with stage and step a line expected, line {number} of {path} is "
+                    "damaged; remove that line"
                 ) from None
+        else:
+            rows.append(row)
     return rows
 
 

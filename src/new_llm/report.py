@@ -8,7 +8,7 @@ from typing import Any
 
 from .config import flat
 from .errors import CheckpointError
-from .files import write_text
+from .files import understood, write_text
 from .plots import COLOURS, plots
 from .records import RunRecord, read_record
 
@@ -54,19 +54,25 @@ def write_report(
     Raises:
         CheckpointError: a folder holds no finished run.
     """
-    import jinja2
-
     if not folders:
         raise CheckpointError("a finished run's folder expected, got none; name at least one")
     if result is not None and len(folders) != 1:
         raise ValueError(f"a result belongs to one folder, got {len(folders)}; leave it out")
     names = _names(folders)
     runs = [read_record(*pair, result) for pair in zip(folders, names, strict=True)]
+    with understood(Path(", ".join(map(str, folders))), "records of finished runs"):
+        page = _page(names, runs)
+    write_text(out, page)
+
+
+def _page(names: list[str], runs: list[RunRecord]) -> str:
+    import jinja2
+
     source = resources.files("new_llm").joinpath("report.html.jinja").read_text("utf-8")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    page = environment.from_string(source).render(
+    return environment.from_string(source).render(
         names=names,
         runs=[_describe(run) for run in runs],
         numbers=_side_by_side([_key_figures(run) for run in runs]),
@@ -79,7 +85,6 @@ def write_report(
         origins=_side_by_side([_origin(run) for run in runs]),
         colours=COLOURS,
     )
-    write_text(out, page)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

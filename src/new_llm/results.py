@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .console import format_cell
-from .files import read_json, write_text
+from .files import read_object, write_text
 
 Result = dict[str, Any]
 
@@ -101,7 +101,7 @@ def finished(folder: Path, names: tuple[str, ...]) -> dict[str, Result]:
     """Return the kept results of a folder, by the benchmark's name."""
     paths = {name: folder / f"{name}.json" for name in names}
     return {
-        name: read_json(path, "the result of a benchmark")
+        name: read_object(path, "the result of a benchmark")
         for name, path in paths.items()
         if path.exists()
     }

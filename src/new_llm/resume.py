@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from .checkpoint import WEIGHTS, load_tensors, load_weights, save_tensors, weight_tensors
 from .distributed import World, divided_as, whole
 from .errors import CheckpointError, NonFiniteError
-from .files import atomic_folder, read_manifest, recover_folder, require_space, write_manifest
+from .files import (
+    atomic_folder,
+    read_manifest,
+    recover_folder,
+    require_space,
+    understood,
+    write_manifest,
+)
 from .watch import first_bad
 
 FORMAT_VERSION = 1
@@ -113,7 +120,10 @@ class Keeper:
         model, optimisers = trained
         if model is not None:
             load_weights(self.weights(), model)
-        _load_optimisers(load_tensors(self.folder / "optimiser.safetensors", _KIND), optimisers)
+        path = self.folder / "optimiser.safetensors"
+        saved = load_tensors(path, _KIND)
+        with understood(path, _KIND):
+            _load_optimisers(saved, optimisers)
         extra = load_tensors(self.folder / "extra.safetensors", _KIND)
         random = {name: extra.pop(name) for name in list(extra) if name.startswith("random.")}
         mine = random.get(f"random.{self.world.rank}")

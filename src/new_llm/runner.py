@@ -16,7 +16,7 @@ import torch
 
 from .config import fingerprint
 from .console import Console
-from .errors import StoppedError
+from .errors import CheckpointError, StoppedError
 from .files import read_json, write_json
 
 Numbers = dict[str, Any]
@@ -106,7 +106,13 @@ class Runner:
     def _remembers(self, key: str) -> bool:
         kept = None if self.folder is None else self.folder / f"{key}.json"
         if key not in self._known and kept is not None and kept.exists():
-            self._known[key] = read_json(kept, "the result of a trial")["numbers"]
+            record = read_json(kept, "the result of a trial")
+            if not isinstance(record, dict) or not isinstance(record.get("numbers"), dict):
+                raise CheckpointError(
+                    f"the result of a trial expected, {kept} holds no numbers; delete it to "
+                    "compute it again"
+                )
+            self._known[key] = record["numbers"]
         return key in self._known
 
     def _computed(

@@ -15,25 +15,28 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .address import listening
 from .checkpoint import Checkpoint
 from .config import SEEDS, SampleConfig
-from .errors import ConfigError, NewLLMError
+from .errors import ConfigError, NewLLMError, shown
 from .generate import Conversation, Speech
 
 # texts that are told at once; more are sent away with 429
 MAX_TEXTS = 256
 # longest body of a request, bytes
 MAX_BODY = 16 * 2**20
+# strings that end a text: each is looked for after every token
+MAX_STOPS = 16
 
 
 class _Refused(Exception):
@@ -42,6 +45,21 @@ class _Refused(Exception):
     def __init__(self, message: str, *, status: int = 400, param: str | None = None) -> None:
         super().__init__(message)
         self.status, self.param = status, param
+
+
+def _writable(name: str) -> str:
+    """Return a name that an answer can hold.
+
+    Raises:
+        ValueError: it is no UTF-8.
+    """
+    if not name.isprintable():
+        raise ValueError("characters that can be shown expected")
+    return name
+
+
+# of a session; it is kept, and stands in addresses and answers
+_Name = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_writable)]
 
 
 class _Part(BaseModel):
@@ -85,7 +103,7 @@ class _Asked(BaseModel):
     top_k: int | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
     stream: bool = False
     stream_options: _Options | None = None
 
@@ -104,7 +122,7 @@ class _Asked(BaseModel):
         for name, value in (self.model_extra or {}).items():
             if name in _NEUTRAL and value not in _NEUTRAL[name]:
                 raise _Refused(
-                    f"{name} is not supported here, got {value!r}; leave it out", param=name
+                    f"{name} is not supported here, got {shown(value)}; leave it out", param=name
                 )
         named = {"max_new_tokens": self.limit(), "temperature": self.temperature,
                  "top_p": self.top_p, "top_k": self.top_k, "seed": self.seed,
@@ -134,7 +152,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 class _ChatAsked(_Asked):
     messages: list[_Message]
     max_completion_tokens: int | None = None
-    session: str | None = None
+    session: _Name | None = None
 
     def limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -145,7 +163,7 @@ class _TextAsked(_Asked):
 
 
 class _ForkAsked(BaseModel):
-    to: str
+    to: _Name
 
 
 class Turns:
@@ -247,7 +265,7 @@ class Sessions:
         self._drop_old()
         if name not in self._kept:
             raise _Refused(
-                f"the id of a session expected, got {name!r}; it was never used, or not for "
+                f"the id of a session expected, got {shown(name)}; it was never used, or not for "
                 f"{self.minutes:g} minutes",
                 status=404,
             )
@@ -345,6 +363,7 @@ class Endpoint:
         app = self.app
         app.add_exception_handler(_Refused, _refusal)
         app.add_exception_handler(RequestValidationError, _not_understood)
+        app.add_exception_handler(HTTPException, _not_found)
         app.add_middleware(_Bounded)
         app.get("/health")(self.health)
         app.get("/v1/models")(self.models)
@@ -374,7 +393,7 @@ class Endpoint:
 
     def _require_model(self, name: str | None) -> None:
         if name not in (None, self.name):
-            raise _Refused(f"the model {self.name!r} is served here, got {name!r}", status=404,
+            raise _Refused(f"the model {self.name!r} is served here, got {shown(name)}", status=404,
                            param="model")  # fmt: skip
 
     async def session(self, name: str) -> dict[str, Any]:
@@ -401,21 +420,27 @@ class Endpoint:
         if not any(message["content"].strip() for message in messages):
             raise _Refused("a message with some text expected, got none", param="messages")
         config, stops = asked.drawn_by(self.config), asked.stops()
+        # seconds, where a text is long: others are told theirs meanwhile
+        ids = await asyncio.to_thread(_ids, self.checkpoint.tokenizer.encode_prompt, messages)
         self._require_room()
         named = asked.session
         if named is None:
             talk = Conversation(self.checkpoint, self.config)
         else:
             talk = self.sessions.begin(named)
+        said: list[Speech | None] = []
 
         def begin() -> Iterator[str]:
-            return talk.answer(messages, config=config, stop=stops)
+            yield from talk.answer_ids(ids, config=config, stop=stops)
+            said.append(talk.last)
+            # what is kept of a session is its context, however long its texts were
+            talk.let_go()
 
         def ended() -> None:
             if named is not None:
                 self.sessions.end(named, talk)
 
-        told = _Told(self, begin, lambda: talk.last, ended)
+        told = _Told(self, begin, lambda: said[0], ended)
         shape = _Shape(
             kind="chat.completion", id=f"chatcmpl-{uuid.uuid4().hex}", model=self.name,
             session=named,
@@ -435,13 +460,13 @@ class Endpoint:
         if not prompt:
             raise _Refused("a prompt with some text expected, got an empty one", param="prompt")
         config, stops = asked.drawn_by(self.config), asked.stops()
-        self._require_room()
         tokenizer = self.checkpoint.tokenizer
+        ids = await asyncio.to_thread(_ids, tokenizer.encode, prompt)
+        self._require_room()
         roles = (tokenizer.im_start_id, tokenizer.im_end_id)
         speech: list[Speech] = []
 
         def begin() -> Iterator[str]:
-            ids = tokenizer.encode(prompt)
             speech.append(Speech(self.checkpoint, ids, config, stop_ids=roles, stop=stops))
             return iter(speech[0])
 
@@ -454,6 +479,18 @@ class Endpoint:
     def _require_room(self) -> None:
         if self.turns is None or len(self.turns) >= MAX_TEXTS:
             raise _Refused(f"{MAX_TEXTS} texts are told already; try again later", status=429)
+
+
+def _ids(encode: Callable[[Any], list[int]], text: Any) -> list[int]:
+    """Return the token ids of what a client said.
+
+    Raises:
+        _Refused: it is no UTF-8.
+    """
+    try:
+        return encode(text)
+    except NewLLMError as error:
+        raise _Refused(str(error)) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -636,6 +673,14 @@ async def _refusal(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(_error(error), status_code=error.status, headers=again)
 
 
+async def _not_found(request: Request, error: Exception) -> JSONResponse:
+    """Say in the words of our errors that there is no such place, or that a body is no JSON."""
+    assert isinstance(error, HTTPException)
+    wrong = _Refused(f"{request.method} {request.url.path}: {error.detail}",
+                     status=error.status_code)  # fmt: skip
+    return JSONResponse(_error(wrong), status_code=error.status_code, headers=error.headers)
+
+
 async def _not_understood(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
@@ -654,7 +699,7 @@ class _Bounded:
         headers = dict(scope.get("headers", ()))
         length = headers.get(b"content-length", b"0")
         endless = b"transfer-encoding" in headers
-        if endless or not length.isdigit() or int(length) > MAX_BODY:
+        if endless or not length.isdigit() or len(length) > 19 or int(length) > MAX_BODY:
             given = "an unknown number" if endless else length.decode("latin-1")
             error = _Refused(f"at most {MAX_BODY:,} bytes expected, got {given}", status=413)
             await JSONResponse(_error(error), status_code=413)(scope, receive, send)

@@ -16,8 +16,8 @@ import numpy as np
 
 from .config import fingerprint
 from .dialogues import Messages
-from .errors import DataError
-from .files import atomic_folder, read_manifest, write_manifest
+from .errors import CheckpointError, DataError
+from .files import atomic_folder, read_manifest, understood, write_manifest
 from .tokenizer import ChatTokenizer, EncodedDialogues
 
 FORMAT_VERSION = 2
@@ -68,10 +68,20 @@ class TokenStore:
         )
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
-        """Return how often each id occurs, int64 `[V]`."""
+        """Return how often each id occurs, int64 `[V]`.
+
+        Raises:
+            CheckpointError: one is not of this vocabulary.
+        """
         counts = np.zeros(vocab_size, dtype=np.int64)
         for start in range(0, self.num_tokens, 1 << 22):
-            counts += np.bincount(self.tokens[start : start + (1 << 22)], minlength=vocab_size)
+            part = self.tokens[start : start + (1 << 22)]
+            if part.min() < 0 or part.max() >= vocab_size:
+                raise CheckpointError(
+                    f"tokens of a vocabulary of {vocab_size} expected, the tokenised data was made "
+                    "by another one; use a new --out"
+                )
+            counts += np.bincount(part, minlength=vocab_size)
         return counts
 
     @classmethod
@@ -84,12 +94,24 @@ class TokenStore:
         remedy = f"delete {folder.parent} and run the same command again"
         path = folder / "store.json"
         meta = read_manifest(path, "tokenised data", version=FORMAT_VERSION, remedy=remedy)
-        arrays = {
-            name: np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r")
-            for name, dtype in _ARRAYS.items()
-        }
-        checksums = {name: meta["files"].get(f"{name}.bin") for name in _ARRAYS}
-        return cls(**arrays, fingerprint=fingerprint(checksums))
+        with understood(path, "tokenised data"):
+            arrays = {
+                name: np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r")
+                for name, dtype in _ARRAYS.items()
+            }
+            checksums = {name: meta["files"][f"{name}.bin"] for name in _ARRAYS}
+        store = cls(**arrays, fingerprint=fingerprint(checksums))
+        offsets = store.offsets
+        if not (
+            offsets[0] == 0
+            and offsets[-1] == len(store.tokens) == len(store.assistant)
+            and (np.diff(offsets) > 0).all()
+            and len(store.num_content_bytes) == store.num_dialogues > 0
+        ):
+            raise CheckpointError(
+                f"tokenised data expected, the arrays in {folder} do not fit together; {remedy}"
+            )
+        return store
 
 
 @contextmanager

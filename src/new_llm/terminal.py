@@ -9,7 +9,7 @@ from pathlib import Path
 from .checkpoint import Checkpoint
 from .config import SampleConfig
 from .console import Console, printable
-from .errors import CheckpointError, DataError, DiskFullError, NonFiniteError
+from .errors import NewLLMError
 from .generate import Conversation
 from .view import distance, view
 
@@ -78,7 +78,7 @@ class Chat:
                 self._help()
             else:
                 action.call(argument.strip())
-        except (CheckpointError, DataError, DiskFullError, NonFiniteError) as error:
+        except (NewLLMError, OSError) as error:
             self._console.show(str(error))
 
     def _answer(self, text: str) -> None:

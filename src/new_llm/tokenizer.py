@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .dialogues import Messages
-from .errors import CheckpointError, DataError
+from .errors import CheckpointError, DataError, NewLLMError
 from .files import write_json, write_text
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 GPT2_VOCAB_SIZE = 50_257
+# ids may be so many times the tokens, and so many more
+_SPARSEST, _FEW = 2, 1024
+_CANNOT_READ = "a tokenizer that can read any text expected, choose another --data.tokenizer"
 # the same layout as `encode_dialogues`, for other tools
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -73,7 +77,9 @@ class ChatTokenizer:
     def __init__(self, tokenizer: "Tokenizer") -> None:
         from tokenizers import AddedToken
 
-        missing = [text for text in (IM_START, IM_END) if tokenizer.token_to_id(text) is None]
+        # one that is not special would be found in the text of a message
+        special = {t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special}
+        missing = [text for text in (IM_START, IM_END) if text not in special]
         tokenizer.add_special_tokens([AddedToken(text, special=True) for text in missing])
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -82,6 +88,11 @@ class ChatTokenizer:
         self.im_start_id: int = vocab[IM_START]
         self.im_end_id: int = vocab[IM_END]
         self.vocab_size: int = max(vocab.values()) + 1
+        if self.vocab_size > _SPARSEST * len(vocab) + _FEW:
+            raise DataError(
+                f"a tokenizer of {len(vocab)} tokens whose ids leave few gaps expected, its "
+                f"largest is {self.vocab_size - 1}: a model has a row for each; use another"
+            )
         self.fingerprint = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
         # special tokens written in a text are read as any other characters
         tokenizer.encode_special_tokens = True
@@ -136,7 +147,7 @@ class ChatTokenizer:
         if name == "gpt2":
             return cls.gpt2()
         if (Path(name) / "tokenizer.json").is_file():
-            return cls(_read(Path(name) / "tokenizer.json", DataError))
+            return cls._read(Path(name) / "tokenizer.json", DataError)
         import transformers
 
         try:
@@ -175,7 +186,21 @@ class ChatTokenizer:
         Raises:
             CheckpointError: it is missing or damaged.
         """
-        return cls(_read(folder / "tokenizer.json", CheckpointError))
+        return cls._read(folder / "tokenizer.json", CheckpointError)
+
+    @classmethod
+    def _read(cls, path: Path, error_type: type[NewLLMError]) -> "ChatTokenizer":
+        from tokenizers import Tokenizer
+
+        # threads of a tokenizer and of a data loader's fork do not mix
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        if not path.is_file():
+            raise error_type(f"a tokenizer expected, there is no {path}; check the folder")
+        try:
+            with _told(f"a tokenizer expected, {path} is damaged"):
+                return cls(Tokenizer.from_str(path.read_text(encoding="utf-8")))
+        except DataError as error:
+            raise error_type(str(error)) from None
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text; role tokens in it stay text.
@@ -184,7 +209,25 @@ class ChatTokenizer:
             DataError: it holds bytes that are no UTF-8.
         """
         _require_utf8(text)
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._text_ids([text])[0]
+
+    def _text_ids(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids of texts, which hold no role token.
+
+        Raises:
+            DataError: a tokenizer of others cannot read a text, or reads a role token in it.
+        """
+        with _told(_CANNOT_READ):
+            encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        found = [one.ids for one in encoded]
+        roles = (self.im_start_id, self.im_end_id)
+        self._require_roles(sum(ids.count(role) for ids in found for role in roles), 0)
+        return found
+
+    @staticmethod
+    def _require_roles(found: int, wanted: int) -> None:
+        if found != wanted:
+            raise DataError(f"{_CANNOT_READ} (it takes text for a role token)")
 
     def encode_marked(self, text: str) -> list[int]:
         """Return the ids of a text in which role tokens are written as such.
@@ -197,7 +240,8 @@ class ChatTokenizer:
         _require_utf8(text)
         self._tokenizer.encode_special_tokens = False
         try:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
+            with _told(_CANNOT_READ):
+                return self._tokenizer.encode(text, add_special_tokens=False).ids
         finally:
             self._tokenizer.encode_special_tokens = True
 
@@ -247,7 +291,8 @@ class ChatTokenizer:
         meanwhile.
         """
         contents = [message["content"] for messages in batch for message in messages]
-        return self._tokenizer.encode_batch_fast(contents, add_special_tokens=False)
+        with _told(_CANNOT_READ):
+            return self._tokenizer.encode_batch_fast(contents, add_special_tokens=False)
 
     def lay_out(self, batch: list[Messages], contents: "list[Encoding]") -> "EncodedDialogues":
         """Return the dialogues of a batch with their role tokens, given what its contents became.
@@ -279,8 +324,11 @@ class ChatTokenizer:
                 size += len(text) if text.isascii() else len(text.encode())
             lengths.append(len(ids) - begin)
             num_bytes.append(size)
+        tokens = np.array(ids, dtype=np.int32)
+        for token in (self.im_start_id, self.im_end_id):
+            self._require_roles(int((tokens == token).sum()), sum(map(len, batch)))
         return EncodedDialogues(
-            tokens=np.array(ids, dtype=np.int32),
+            tokens=tokens,
             assistant=np.repeat(np.array(said, dtype=bool), np.array(stretches, dtype=np.int64)),
             lengths=np.array(lengths, dtype=np.int64),
             num_content_bytes=np.array(num_bytes, dtype=np.int64),
@@ -316,15 +364,18 @@ def _require_utf8(text: str) -> None:
         ) from None
 
 
-def _read(path: Path, error_type: type[Exception]) -> "Tokenizer":
-    from tokenizers import Tokenizer
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Say what the Rust library could not do; it raises plain Exceptions, and panics that are none.
 
-    # threads of a tokenizer and of a data loader's fork do not mix
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    Raises:
+        DataError: it could not.
+    """
     try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise error_type(f"a tokenizer expected, there is no {path}; check the folder") from None
-    # the Rust library raises plain Exception for every kind of damage
-    except Exception as error:
-        raise error_type(f"a tokenizer expected, {path} is damaged ({error})") from None
+        yield
+    except NewLLMError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"{what} ({error})") from None
