@@ -14,7 +14,6 @@ of the wall; on a machine that does other work too, the ratio of processor time 
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -94,12 +93,17 @@ def prepared_seconds(config: DataConfig) -> tuple[float, float]:
         return time.perf_counter() - begun[0], time.process_time() - begun[1]
 
 
+def peak_mb() -> float:
+    """Return the most memory that this process held; what `getrusage` says is its parent's too."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+
+
 def measure_memory(options: Options) -> dict[str, float]:
     ChatTokenizer.load(Path(options.tokenizer))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mb()
     prepared_seconds(DataConfig(source=options.data, tokenizer=options.tokenizer))
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"before_mb": before / 1024, "peak_mb": after / 1024}
+    return {"before_mb": before, "peak_mb": peak_mb()}
 
 
 def measure_rate(options: Options) -> dict[str, list[tuple[float, float]]]:

@@ -590,12 +590,13 @@ def test_a_store_that_is_cut_and_written_on_is_the_same(
 
 
 MEMORY = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from new_llm.config import DataConfig
 from new_llm.data import prepare
 prepare(DataConfig(source=sys.argv[1], tokenizer=sys.argv[2]), Path(sys.argv[3]))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+# what getrusage says includes the process that started this one
+print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 """
 
 
@@ -603,16 +604,22 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 def test_memory_does_not_grow_with_the_dialogues(tmp_path: Path) -> None:
     ChatTokenizer.train((m["content"] for d in chats(0, 50) for m in d), 300).save(tmp_path / "t")
     peaks = []
+    longer = " and so on" * 30
     for count in (2000, 20_000):
-        with (tmp_path / "a.jsonl").open("wb") as file:
-            for first in range(0, count, 1000):
-                file.write(packed(chats(first, first + 1000)))
+        with (tmp_path / "a.jsonl").open("w") as file:
+            for day in range(count):
+                messages = [
+                    {"role": role, "content": f"{role} of day {day}{longer}"}
+                    for role in ("user", "assistant")
+                ]
+                file.write(json.dumps({"messages": messages}) + "\n")
         arguments = [str(tmp_path / "a.jsonl"), str(tmp_path / "t"), str(tmp_path / f"{count}")]
         done = subprocess.run(
             [sys.executable, "-c", MEMORY, *arguments], capture_output=True, text=True, check=True
         )
         peaks.append(int(done.stdout))
-    assert peaks[1] < 1.1 * peaks[0]
+    # all tokens together would make it 1.8
+    assert peaks[1] < 1.5 * peaks[0]
 
 
 def test_all_of_a_source_is_one_stream_of_dialogues(tmp_path: Path) -> None:
