@@ -19,7 +19,6 @@ from new_llm.config import preset, to_dict
 from new_llm.console import Console
 from new_llm.errors import CheckpointError, DataError
 from new_llm.evaluate import rebuilt_gains
-from new_llm.files import write_json
 from new_llm.model import NewLLM, num_parameters, token_losses
 from new_llm.quality import (
     Corpus,
@@ -31,7 +30,7 @@ from new_llm.quality import (
     mixed_loss,
     prepare_corpus,
 )
-from new_llm.results import MARK
+from new_llm.results import MARK, write_kept
 
 QUIET = Console(quiet=True)
 
@@ -231,7 +230,7 @@ def test_the_command_on_real_dialogues(
     # what another benchmark left in the folder stands on the page too, and what a person wrote
     assert page.startswith("# Results\n")
     (tmp_path / "results.md").write_text("# What we read in it\n\n" + page[page.index(MARK) :])
-    write_json(tmp_path / "q" / "tasks.json",
+    write_kept(tmp_path / "q" / "tasks.json",
                {"rows": [{"task": "parity"}], "threads": 1, "versions": {}, "device": "cpu",
                 "command": "new-llm bench tasks"})  # fmt: skip
     assert main([*given, *(str(part) for pair in places.items() for part in pair)]) == 0

@@ -12,9 +12,9 @@ from .ablations import Ablations
 from .config import fingerprint
 from .console import Console
 from .errors import ConfigError
-from .files import read_object, understood, write_json
+from .files import understood
 from .quality import PARAMETERS, Long, Quality
-from .results import finished, tables, write_page
+from .results import finished, read_kept, tables, write_kept, write_page
 from .speed import (
     WIDTH,
     Bench,
@@ -140,7 +140,7 @@ def run_bench(
         mark = "" if chosen in LONG else "-" + fingerprint([about, plain])[:12]
         kept = None if out is None else out / f"{chosen}{mark}.json"
         if kept is not None and kept.exists() and chosen not in LONG:
-            result = read_object(kept, "the result of a benchmark")
+            result = read_kept(kept)
             result.setdefault("command", _command(chosen, bench))
             with understood(kept, "the result of a benchmark"):
                 list(tables(chosen, result))
@@ -149,8 +149,7 @@ def run_bench(
             result = {"rows": BENCHES[chosen](bench), **about}
             result["command"] = _command(chosen, bench)
             if kept is not None:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                write_json(kept, result)
+                write_kept(kept, result)
         results[chosen] = result
         for title, columns, cells in tables(chosen, result):
             console.table(title, columns, cells)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -42,6 +42,8 @@ from .model import LanguageModel, NewLLM, num_parameters
 from .stepper import Steppers
 
 FORMAT_VERSION = 5
+# of a context that is kept in a file
+CONTEXT_VERSION = "1"
 WEIGHTS = "model.safetensors"
 # the card is written again once a run is finished, and may be edited
 _UNSEALED = ("config.json", "README.md")
@@ -170,8 +172,10 @@ def _shares_readout(model: nn.Module) -> bool:
     return isinstance(model, LanguageModel) and model.readout.weight is model.embedding.weight
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file.
+def save_tensors(
+    path: Path, tensors: dict[str, Tensor], *, about: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file, and what is to be known of it.
 
     Raises:
         DiskFullError: there was no room.
@@ -180,7 +184,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         # transformers asks which framework wrote a file
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path,
-                  metadata={"format": "pt"})  # fmt: skip
+                  metadata={"format": "pt", **(about or {})})  # fmt: skip
     # the Rust library takes names in UTF-8 only, and none with a zero byte
     except (UnicodeError, ValueError) as error:
         raise CheckpointError(f"{path} must be written, but {error}; choose another name") from None
@@ -208,6 +212,49 @@ def load_tensors(path: Path, kind: str) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{kind} expected, but {path} is damaged ({error}); train or copy it again"
         ) from None
+
+
+def save_context(path: Path, context: Tensor, model: NewLLM) -> None:
+    """Write a context of a model, whole, with its checksum and whose it is.
+
+    Raises:
+        DiskFullError: there was no room; what was there is as it was.
+        CheckpointError: `path` cannot be written.
+    """
+    about = {"format_version": CONTEXT_VERSION, "checksum": _bytes_digest(context),
+             "model": weights_fingerprint(model)}  # fmt: skip
+    save_tensors(path, {"context": context}, about=about)
+
+
+def load_context(path: Path, model: NewLLM) -> Tensor:
+    """Return a context that `save_context` wrote of this model.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of another model.
+    """
+    found = load_tensors(path, "a saved context").get("context")
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata() or {}
+    wanted = model.initial_context(1)
+    if found is None or (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+        given = None if found is None else f"{tuple(found.shape)}, {found.dtype}"
+        raise CheckpointError(
+            f"a context of shape {tuple(wanted.shape)}, {wanted.dtype} expected, {path} holds "
+            f"{given}; load one that this model saved"
+        )
+    if about.get("format_version") != CONTEXT_VERSION or (
+        about.get("checksum") != _bytes_digest(found)
+    ):
+        raise CheckpointError(
+            f"a saved context of format {CONTEXT_VERSION} with its checksum expected, {path} is "
+            "damaged or of another version; save it again"
+        )
+    if about.get("model") != weights_fingerprint(model):
+        raise CheckpointError(
+            f"a context of this model expected, {path} is of {about.get('model')}; "
+            "load one that this model saved"
+        )
+    return found.to(wanted.device)
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, ConfigError
-from .files import atomic_folder, write_json
+from .files import atomic_folder, write_manifest
 from .model import NewLLM
 
 # relative difference of onnxruntime from our own model that is accepted
 TOLERANCE = 1e-4
+# of step.json
+_FORMAT_VERSION = 1
 # texts that are compared, and their steps
 _COMPARED, _STEPS = 4, 32
 
@@ -101,7 +103,7 @@ def export_onnx(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
             "largest_relative_difference": _difference(step, path),
         }  # fmt: skip
         tokenizer.save(part)
-        write_json(part / "step.json", about)
+        write_manifest(part / "step.json", about, version=_FORMAT_VERSION)
     return about
 
 

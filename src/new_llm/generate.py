@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .checkpoint import Checkpoint, load_tensors, save_tensors
+from .checkpoint import Checkpoint, load_context, save_context
 from .config import SEEDS, SampleConfig
 from .dialogues import Messages
-from .errors import CheckpointError, DataError, NonFiniteError
+from .errors import DataError, NonFiniteError
 from .model import NewLLM
 from .stepper import Steppers
 
@@ -391,7 +391,7 @@ class Conversation:
         context = self.context
         if context is None:
             context = self.checkpoint.model.initial_context(1)
-        save_tensors(path, {"context": context})
+        save_context(path, context, self.checkpoint.model)
 
     def load(self, path: Path) -> None:
         """Go on from a saved context.
@@ -399,12 +399,4 @@ class Conversation:
         Raises:
             CheckpointError: it is missing, damaged, or of another model.
         """
-        context = load_tensors(path, "a saved context").get("context")
-        wanted = self.checkpoint.model.initial_context(1)
-        if context is None or (context.shape, context.dtype) != (wanted.shape, wanted.dtype):
-            given = None if context is None else f"{tuple(context.shape)}, {context.dtype}"
-            raise CheckpointError(
-                f"a context of shape {tuple(wanted.shape)}, {wanted.dtype} expected, {path} holds "
-                f"{given}; load one that this model saved"
-            )
-        self._go_on_from(context.to(wanted.device))
+        self._go_on_from(load_context(path, self.checkpoint.model))

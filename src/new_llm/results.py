@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from .console import format_cell
-from .files import read_object, write_text
+from .files import read_sealed, write_sealed, write_text
 
 Result = dict[str, Any]
+# of a result that is kept
+FORMAT_VERSION = 1
 
 # what stands above it on a page is the reader's guide, and is kept
 MARK = "<!-- below: written by the commands that stand there -->"
@@ -100,11 +102,27 @@ def write_page(page: Path, results: dict[str, Result]) -> None:
 def finished(folder: Path, names: tuple[str, ...]) -> dict[str, Result]:
     """Return the kept results of a folder, by the benchmark's name."""
     paths = {name: folder / f"{name}.json" for name in names}
-    return {
-        name: read_object(path, "the result of a benchmark")
-        for name, path in paths.items()
-        if path.exists()
-    }
+    return {name: read_kept(path) for name, path in paths.items() if path.exists()}
+
+
+def read_kept(path: Path) -> Result:
+    """Read the kept result of a benchmark.
+
+    Raises:
+        CheckpointError: it is damaged or changed.
+    """
+    return read_sealed(
+        path,
+        "the result of a benchmark",
+        version=FORMAT_VERSION,
+        remedy="delete it to measure again",
+    )
+
+
+def write_kept(path: Path, result: Result) -> None:
+    """Keep the result of a benchmark, with its checksum."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_sealed(path, result, version=FORMAT_VERSION)
 
 
 def _memory_figure(rows: list[Result]) -> str:

@@ -16,9 +16,11 @@ import torch
 
 from .config import fingerprint
 from .console import Console
-from .errors import CheckpointError, StoppedError
-from .files import read_json, write_json
+from .errors import StoppedError
+from .files import read_sealed, write_sealed
 
+# of the result of a trial
+FORMAT_VERSION = 1
 Numbers = dict[str, Any]
 
 
@@ -95,7 +97,7 @@ class Runner:
                 if self.folder is not None:
                     self.folder.mkdir(parents=True, exist_ok=True)
                     record = {"trial": trial.__name__, "arguments": left[key], "numbers": numbers}
-                    write_json(self.folder / f"{key}.json", record)
+                    write_sealed(self.folder / f"{key}.json", record, version=FORMAT_VERSION)
                 advance(cost(left[key]))
         return [self._known[key] for key in keys]
 
@@ -106,12 +108,12 @@ class Runner:
     def _remembers(self, key: str) -> bool:
         kept = None if self.folder is None else self.folder / f"{key}.json"
         if key not in self._known and kept is not None and kept.exists():
-            record = read_json(kept, "the result of a trial")
-            if not isinstance(record, dict) or not isinstance(record.get("numbers"), dict):
-                raise CheckpointError(
-                    f"the result of a trial expected, {kept} holds no numbers; delete it to "
-                    "compute it again"
-                )
+            record = read_sealed(
+                kept,
+                "the result of a trial",
+                version=FORMAT_VERSION,
+                remedy="delete it to compute it again",
+            )
             self._known[key] = record["numbers"]
         return key in self._known
 
