@@ -70,7 +70,8 @@ def run(out: Path, way: list[str], count: int, given: argparse.Namespace) -> flo
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count),
         "--master-port", str(port), "-m", "new_llm", "run", *way, "--out", str(out),
         "--gate", "seed", "--data.max-dialogues", "700", "--phase1.max-steps", steps,
-        "--phase2.max-steps", steps, "--phase2.min-steps", "0", "--phase2.evaluations", "2", "--track", "none", "--quiet",
+        "--phase2.max-steps", steps, "--phase2.min-steps", "0", "--phase2.evaluations", "2",
+        "--track", "none", "--quiet",
         *(["--data", given.data] if given.data else []),
     ]  # fmt: skip
     begun = time.monotonic()

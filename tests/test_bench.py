@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import reseal
 from new_llm.baselines import GPTBlock, MinGRU
 from new_llm.bench import BENCHES, LONG, _command
 from new_llm.cli import main
@@ -30,7 +31,7 @@ def test_a_benchmark_writes_rows_versions_and_threads(
     assert name in capsys.readouterr().out
     # what is kept is not measured again
     (kept,) = (tmp_path / "kept").iterdir()
-    kept.write_text(kept.read_text().replace("cpu", "another"))
+    reseal(kept, device="another")
     assert main(given) == 0
     assert json.loads(path.read_text())[name]["device"] == "another"
 

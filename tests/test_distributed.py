@@ -26,17 +26,21 @@ FIFTY = [*QUICK, "--phase2.max-steps", "50", "--phase2.evaluations", "2", "--tra
 # long as the others, and an untrained Layer-wise cell lets differences grow for 24 iterations.
 WAYS = {
     "contractive": ("convex", 3e-5, ["--phase1.max-steps", "50"]),
-    "hinge": ("layerwise", 1e-3, ["--phase1.max-steps", "50", "--gate", "seed"]),
+    "hinge": ("layerwise", 1e-4, ["--phase1.max-steps", "5", "--gate", "seed"]),
     "residual, token scope": (
         "seed-layerwise",
         1e-5,
         ["--data.tokenizer", "bpe", "--model.dropout", "0", "--phase1.literal-dialogues", "1",
          "--phase1.max-steps", "50", "--phase1.epochs", "1"],
     ),
-    "frozen": ("convex", 1e-5, ["--phase2.freeze-context", "--phase1.max-steps", "20"]),
+    "frozen": ("convex", 3e-5, ["--phase2.freeze-context", "--phase1.max-steps", "20"]),
     "adamw": ("convex", 1e-5, ["--phase2.optimiser", "adamw", "--phase1.max-steps", "5",
                          "--gate", "seed"]),
 }  # fmt: skip
+
+# the others are of the long form, `make faults`
+LONG = bool(os.environ.get("NEW_LLM_FAULTS"))
+long_form = pytest.mark.skipif(not LONG, reason="of the long form: make faults")
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +91,12 @@ def same(first: Path, second: Path, tolerance: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WAYS if LONG else ["contractive"])
 def test_several_processes_train_as_one_does(way: str, talks: Path, tmp_path: Path) -> None:
     name, tolerance, options = WAYS[way]
     arguments = [name, "--data", str(talks), *FIFTY, *options]
     assert cli.main(["run", *arguments, "--out", str(tmp_path / "1")]) == 0
-    counts = (2, 4) if way == "contractive" else (2,)
+    counts = (2, 4) if way == "contractive" and LONG else (2,)
     for count in counts:
         out = tmp_path / str(count)
         said = launch(count, ["run", *arguments, "--out", str(out)])
@@ -179,6 +183,7 @@ def test_a_process_that_dies_ends_the_run_and_the_same_command_goes_on(
     assert weights[0] == weights[1]
 
 
+@long_form
 @pytest.mark.slow
 def test_another_number_of_processes_may_go_on(talks: Path, tmp_path: Path) -> None:
     arguments = ["--data", str(talks), *FIFTY, "--phase1.max-steps", "5", "--gate", "seed",
@@ -199,11 +204,12 @@ def test_another_number_of_processes_may_go_on(talks: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_what_all_processes_find_is_said_once(talks: Path, tmp_path: Path) -> None:
-    for options, words in (
-        (["--phase2.batch-size", "1"], "a lane for each of 2 processes expected, got 1"),
+    cases = [
         (["--phase1.max-steps", "1", "--gate", "strict"], "the strict gate needs the verdict"),
+        (["--phase2.batch-size", "1"], "a lane for each of 2 processes expected, got 1"),
         (["--data", str(tmp_path / "none.jsonl")], "none.jsonl"),
-    ):
+    ]
+    for options, words in cases if LONG else cases[:1]:
         arguments = ["layerwise", "--data", str(talks), *QUICK, "--gate", "seed", *options]
         command = torchrun(2, "-m", "new_llm", "run", *arguments, "--out", str(tmp_path / "x"))
         process = start(command)

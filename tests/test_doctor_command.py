@@ -51,7 +51,7 @@ def test_what_the_doctor_cannot_read_gets_one_error(
     data.write_text("")
     wanted = {
         "no checkpoint": "holds no model.safetensors",
-        "other vocabulary": "the checkpoint's own tokenizer expected",
+        "other vocabulary": "tokenizer.json must match its checksum",
         "no data": "is empty",
         "a pickle": "safetensors",
     }[fault]

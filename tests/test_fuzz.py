@@ -32,6 +32,7 @@ from new_llm.config import RunConfig, SampleConfig, from_dict, preset, to_dict
 from new_llm.console import Console
 from new_llm.data import Prepared, SegmentStream, TokenStore, prepare, write_store
 from new_llm.dialogues import Messages, ReadReport, read_dialogues
+from new_llm.files import sealed, sha256
 from new_llm.generate import Conversation
 from new_llm.model import NewLLM
 from new_llm.pipeline import Run
@@ -405,21 +406,17 @@ def test_tokenised_data_that_was_signed_again(
     folder = run / "data" / "train"
     content = data.draw(fuzz.damaged_bytes((folder / f"{name}.bin").read_bytes()))
     record = json.loads((folder / "store.json").read_bytes())
+    version = record.pop("format_version")
     with in_place_of(folder / f"{name}.bin", content):
-        record["sha256"][name] = _sha256(folder / f"{name}.bin")
-        with in_place_of(folder / "store.json", json.dumps(record).encode()):
+        record["files"][f"{name}.bin"] = sha256(folder / f"{name}.bin")
+        signed = json.dumps(sealed(record, version=version)).encode()
+        with in_place_of(folder / "store.json", signed):
             with law("tokenised data", run):
                 opened(run, config)
 
 
-def _sha256(path: Path) -> str:
-    from new_llm.files import sha256
-
-    return sha256(path)
-
-
 @examples(60)
-@given(data=st.data(), name=st.sampled_from(["cache.json", "contexts.f32"]))
+@given(data=st.data(), name=st.sampled_from(["cache.json", "contexts-00001-of-00001.f32"]))
 def test_files_of_a_cache(data: st.DataObject, name: str, run: Path) -> None:
     path = run / "cache" / name
     key = json.loads((run / "cache" / "cache.json").read_bytes())["key"]

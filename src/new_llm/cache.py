@@ -23,6 +23,7 @@ from .distributed import World
 from .errors import CheckpointError, DamagedCacheError, StaleCacheError
 from .files import (
     atomic_file,
+    disk_error,
     read_sealed,
     require_space,
     sha256,
@@ -202,7 +203,10 @@ def _write(
         todo = [number for number, is_kept in enumerate(kept) if not is_kept]
         num_bytes = sum(spans[n][1] - spans[n][0] for n in todo) * 4 * shape[1] * shape[2]
         require_space(folder.parent, num_bytes)
-        shards.mkdir(exist_ok=True)
+        try:
+            shards.mkdir(exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, shards) from error
         return todo
 
     todo = world.told(left)

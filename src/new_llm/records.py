@@ -119,7 +119,7 @@ def open_folder(path: Path, config: RunConfig) -> RunFolder:
                 "choose a new --out, or repeat the command that made it"
             )
         return folder
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not _is_new(path):
         raise CheckpointError(
             f"an empty or new folder expected for --out, {path} holds other files; "
             "choose a new --out"
@@ -135,11 +135,20 @@ def open_folder(path: Path, config: RunConfig) -> RunFolder:
     }
     try:
         path.mkdir(parents=True, exist_ok=True)
-        folder.stages.mkdir()
+        folder.stages.mkdir(exist_ok=True)
     except OSError as error:
         raise disk_error(error, path) from error
     folder.write(folder.config, record)
     return folder
+
+
+def _is_new(path: Path) -> bool:
+    """Return whether a folder holds nothing, or what a run left that ended before its config."""
+    if not path.is_dir():
+        return False
+    stages, part = path / "stages", path / ".config.json.part"
+    begun = stages.is_dir() and not any(stages.iterdir())
+    return all((found == stages and begun) or found == part for found in path.iterdir())
 
 
 def _differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
@@ -186,12 +195,12 @@ def read_history(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
             # what is asked of every row
             row["stage"].startswith("phase")
-            operator.index(row["step"])
+            operator.index(row["step"] if "step" in row else row["epoch"])
         except (ValueError, RecursionError, TypeError, LookupError, AttributeError):
             if number < len(lines):
                 raise CheckpointError(
-                    f"a JSON row with stage and step a line expected, line {number} of {path} is "
-                    "damaged; remove that line"
+                    f"a JSON row with stage, and step or epoch, a line expected, line {number} of "
+                    f"{path} is damaged; remove that line"
                 ) from None
         else:
             rows.append(row)
