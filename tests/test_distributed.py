@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ WAYS = {
     "frozen": ("convex", 3e-5, ["--phase2.freeze-context", "--phase1.max-steps", "20"]),
     "adamw": ("convex", 1e-5, ["--phase2.optimiser", "adamw", "--phase1.max-steps", "5",
                          "--gate", "seed"]),
+    "without coupling": ("convex", 3e-5, ["--model.coupling-limit", "0", "--phase1.max-steps", "5",
+                         "--gate", "seed"]),
 }  # fmt: skip
 
 # the others are of the long form, `make faults`
@@ -55,6 +58,13 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def accelerate(processes: int, *module: str) -> list[str]:
+    return [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes",
+        str(processes), "--main_process_port", str(free_port()), *module,
+    ]  # fmt: skip
+
+
 def torchrun(processes: int, *module: str) -> list[str]:
     return [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
@@ -69,9 +79,11 @@ def start(command: list[str], **options: Any) -> "subprocess.Popen[str]":
     )
 
 
-def launch(processes: int, arguments: list[str]) -> str:
+def launch(
+    processes: int, arguments: list[str], launcher: Callable[..., list[str]] = torchrun
+) -> str:
     """Run the command line in several processes, and return what they said."""
-    process = start(torchrun(processes, "-m", "new_llm", *arguments))
+    process = start(launcher(processes, "-m", "new_llm", *arguments))
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0, said
     return said
@@ -117,7 +129,8 @@ def test_a_divided_model_trains_as_a_whole_one_and_is_saved_whole(
 ) -> None:
     arguments = ["--data", str(talks), *FIFTY, "--phase1.max-steps", "5", "--gate", "seed"]
     launch(2, ["run", *arguments, "--out", str(tmp_path / "whole")])
-    launch(2, ["run", *arguments, "--out", str(tmp_path / "divided"), "--fsdp"])
+    divided = ["run", *arguments, "--out", str(tmp_path / "divided"), "--fsdp"]
+    launch(2, divided, launcher=accelerate)
     same(tmp_path / "whole", tmp_path / "divided", 1e-5)
     assert cli.main(["generate", str(tmp_path / "divided"), "--prompt", "hello"]) == 0
 

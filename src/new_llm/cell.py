@@ -62,6 +62,11 @@ class ContextCell(nn.Module, ABC):
         """Whether `update` is `forget * context + (1 - forget) * search_map`."""
         return False
 
+    @property
+    def has_idle_weights(self) -> bool:
+        """Whether some parameter has no part in `update`, so that its gradient is None."""
+        return False
+
     def forward(self, context: Tensor, x: Tensor) -> Tensor:
         """Return `f(context, x)`."""
         return self.update(context, self.project(x), self.weights())
@@ -441,6 +446,11 @@ class ConvexCell(ContextCell):
     def separates_gate(self) -> bool:
         """Whether `update` is `forget * context + (1 - forget) * search_map`: always, here."""
         return True
+
+    @property
+    def has_idle_weights(self) -> bool:
+        """Whether a limit of zero has switched `from_context` off."""
+        return self.coupling_limit == 0.0
 
     @torch.no_grad()
     def coupling(self) -> dict[str, float]:

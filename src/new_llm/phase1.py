@@ -92,8 +92,7 @@ class Objective(ABC):
             cell.parameters(), lr=getattr(config, self.rate), fused=True
         )
         self.generator = torch.Generator().manual_seed(seed)
-        # where the gate is apart a search does not read it: its parameters have no gradient
-        self.loss = self.world.replicated(_Loss(cell, self.compute), partly=cell.separates_gate)
+        self.loss = self.world.replicated(_Loss(cell, self.compute), partly=cell.has_idle_weights)
         self.num_steps = self.count_steps()
 
     @abstractmethod

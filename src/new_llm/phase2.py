@@ -473,8 +473,8 @@ class _Training:
         self.own = None
         if isinstance(model, NewLLM):
             self.own = _Own(model, data, config, phase1, seed, self.lanes, world)
-        # a matrix that a limit of zero switches off has no gradient
-        partly = isinstance(model, NewLLM) and model.config.coupling_limit == 0.0
+        cells = model.cells() if isinstance(model, NewLLM) else []
+        partly = any(cell.has_idle_weights for cell in cells)
         self.objective = world.replicated(
             _Objective(model, config, self.own), sharded=sharded, partly=partly
         )
