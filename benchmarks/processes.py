@@ -5,6 +5,8 @@
 Each runs the same command by torchrun, over gloo, with one thread a process, in a folder of its own
 that is kept: called again, only what is missing is run. What is compared are all rows of the
 histories: every step of Phase 1, and every tenth step and the validations of Phase 2.
+`--noise 1e-7` adds a row of one process whose gradients carry noise of that relative size, at each
+step: how far any change of rounding takes a training, with no second process in it.
 """
 
 import argparse
@@ -15,9 +17,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from new_llm import cli
 from new_llm.records import read_history
 
 WAYS = {
@@ -38,12 +43,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--noise", type=float, help="relative, in the gradients of one process")
     given = parser.parse_args()
     print(f"torch {torch.__version__}, gloo, 1 thread a process, first {given.steps} steps")
     print("| way | processes | seconds | Phase 1 | Phase 2 |\n| --- | --- | --- | --- | --- |")
     for way in given.ways:
         first = None
-        for count in given.processes:
+        counts: list[int | float] = [*given.processes]
+        if given.noise is not None:
+            counts.append(given.noise)
+        for count in counts:
             out = given.out / f"{WAYS[way][0]}-{len(WAYS[way])}-{count}"
             seconds = run(out, WAYS[way], count, given)
             found = losses(out, given.steps)
@@ -53,12 +62,35 @@ def main() -> None:
                 for k in range(2)
             ]
             print(
-                f"| {way} | {count} | {seconds:.0f} | {apart[0]:.1e} | {apart[1]:.1e} |", flush=True
+                f"| {way} | {said(count)} | {seconds:.0f} | {apart[0]:.1e} | {apart[1]:.1e} |",
+                flush=True,
             )
 
 
-def run(out: Path, way: list[str], count: int, given: argparse.Namespace) -> float:
-    """Run a preset in so many processes, unless that was done, and return its seconds."""
+def said(count: float) -> str:
+    return str(count) if isinstance(count, int) else f"1, noise of {count:g}"
+
+
+def be_noisy(size: float, arguments: list[str]) -> None:
+    """Be the command line, with noise in each gradient that an optimiser sees."""
+    generator = torch.Generator().manual_seed(7)
+
+    def disturb(optimiser: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimiser.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    drawn = torch.randn(parameter.shape, generator=generator)
+                    parameter.grad.add_(drawn * parameter.grad.square().mean().sqrt() * size)
+
+    register_optimizer_step_pre_hook(disturb)
+    sys.exit(cli.main(arguments))
+
+
+def run(out: Path, way: list[str], count: float, given: argparse.Namespace) -> float:
+    """Run a preset in so many processes, or with noise, unless that was done.
+
+    Returns seconds, NaN where it was done before.
+    """
     if (out / "result.json").exists():
         return float("nan")
     shutil.rmtree(out, ignore_errors=True)
@@ -66,9 +98,12 @@ def run(out: Path, way: list[str], count: int, given: argparse.Namespace) -> flo
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     steps = str(given.steps)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(count),
+                "--master-port", str(port), "-m", "new_llm"]  # fmt: skip
+    if isinstance(count, float):
+        launcher = [__file__, "--be-noisy", str(count)]
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count),
-        "--master-port", str(port), "-m", "new_llm", "run", *way, "--out", str(out),
+        sys.executable, *launcher, "run", *way, "--out", str(out),
         "--gate", "seed", "--data.max-dialogues", "700", "--phase1.max-steps", steps,
         "--phase2.max-steps", steps, "--phase2.min-steps", "0", "--phase2.evaluations", "2",
         "--track", "none", "--quiet",
@@ -95,4 +130,6 @@ def losses(out: Path, steps: int) -> tuple[list[float], list[float]]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--be-noisy"]:
+        be_noisy(float(sys.argv[2]), sys.argv[3:])
     main()
