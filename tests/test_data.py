@@ -144,7 +144,9 @@ def test_a_hub_name_goes_through_datasets(monkeypatch: pytest.MonkeyPatch) -> No
 
     asked = []
 
-    def stand_in(name: str, split: str, streaming: bool) -> list[dict[str, Messages]]:
+    def stand_in(
+        name: str, split: str, revision: str | None, streaming: bool
+    ) -> list[dict[str, Messages]]:
         asked.append((name, split, streaming))
         return [{"messages": m} for m in many(3)]
 

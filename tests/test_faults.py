@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -37,6 +38,7 @@ from new_llm.records import read_record
 
 # kills, and flips of ten times as many bytes, in the short form and in the long one
 KILLS = int(os.environ.get("NEW_LLM_FAULTS", "3"))
+LONG = "NEW_LLM_FAULTS" in os.environ
 FLIPS = max(30, round(200 / 30 * KILLS))
 OPTIONS = [
     *QUICK, "--phase1.max-steps", "120", "--phase2.max-steps", "150", "--phase2.evaluations", "3",
@@ -149,6 +151,71 @@ def test_a_killed_run_ends_with_the_same_bits(
     assert_same(out, whole)
     print(f"{kills} kills, {resumed} resumes")
     assert kills >= KILLS - 1
+
+
+# what changes names in a folder, or opens a file to write into it
+CHANGES = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate")
+
+
+class Camera:
+    """Copies of a folder as a kill would leave it before each kind of change that is made to it."""
+
+    def __init__(self, out: Path, album: Path) -> None:
+        self.out, self.album = out, album
+        self.seen: Counter[tuple[str, str]] = Counter()
+        self.taken: list[tuple[str, Path]] = []
+        self.on = True
+        sys.addaudithook(self.look)
+
+    def look(self, event: str, details: tuple[Any, ...]) -> None:
+        if not self.on or event not in CHANGES or not isinstance(details[0], str | os.PathLike):
+            return
+        if event == "open" and not (details[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+            return
+        path = Path(details[0])
+        # a folder is taken away by names in an open one
+        descriptors = [n for n in details[1:] if isinstance(n, int) and n >= 0]
+        if not path.is_absolute() and event in ("os.remove", "os.rmdir") and descriptors:
+            path = Path(os.readlink(f"/proc/self/fd/{descriptors[-1]}")) / path
+        if self.out not in path.parents:
+            return
+        name = re.sub(r"[0-9]+", "#", path.relative_to(self.out).as_posix())
+        self.seen[event, name] += 1
+        # the second time there is something to be replaced
+        if self.seen[event, name] > 2:
+            return
+        self.on = False
+        shot = self.album / str(len(self.taken))
+        shutil.copytree(self.out, shot)
+        self.taken.append((f"{event} {name}", shot))
+        self.on = True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--phase2.freeze-context"]], ids=["whole", "frozen"])
+def test_a_kill_before_any_change_of_the_folder_costs_nothing(
+    options: list[str], chats: Path, tmp_path: Path
+) -> None:
+    arguments = ["run", "--data", str(chats), *QUICK, "--phase1.max-steps", "4", "--gate", "seed",
+                 "--phase2.checkpoint-seconds", "0", "--snapshots.best", "--track", "none",
+                 "--phase2.evaluations", "3", *options, "--out"]  # fmt: skip
+    out = tmp_path / "out"
+    out.mkdir()
+    camera = Camera(out, tmp_path / "album")
+    try:
+        assert cli.main([*arguments, str(out)]) == 0
+    finally:
+        camera.on = False
+    whole = Path(out.rename(tmp_path / "whole"))
+    drawn = random.Random(int(os.environ.get("NEW_LLM_SEED", "0")))
+    shots = camera.taken if LONG else drawn.sample(camera.taken, 12)
+    for what, shot in shots:
+        shot.rename(out)
+        assert cli.main([*arguments, str(out)]) == 0, what
+        assert_same(out, whole)
+        shutil.rmtree(out)
+    print(f"{len(shots)} of {len(camera.taken)} places")
+    assert len(camera.taken) > 60
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Preparing data as a stream: one pass, killed anywhere, in flat memory."""
 
 import bz2
+import errno
 import gzip
 import json
 import lzma
@@ -16,9 +17,11 @@ from dataclasses import replace
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -30,7 +33,7 @@ from new_llm import dialogues, preparation, store
 from new_llm.config import DataConfig
 from new_llm.data import prepare
 from new_llm.dialogues import DialogueReader, Messages, Position, read_dialogues
-from new_llm.errors import CheckpointError, DataError, DiskFullError, HubLostError
+from new_llm.errors import CheckpointError, DataError, DiskFullError, LostSourceError
 from new_llm.preparation import dialogue_hash
 from new_llm.store import StoreWriter, TokenStore, write_store
 from new_llm.tokenizer import ChatTokenizer
@@ -425,7 +428,7 @@ def test_the_hub_goes_on_where_its_client_stood(
             write_parquet(Path(files[-1]), rows, 6)
     load = datasets.load_dataset
 
-    def local(name: str, split: str, streaming: bool) -> Any:
+    def local(name: str, split: str, revision: str | None, streaming: bool) -> Any:
         return load(form, data_files=files, split="train", streaming=streaming)
 
     monkeypatch.setattr(datasets, "load_dataset", local)
@@ -447,7 +450,7 @@ def test_the_hub_and_the_default_package_are_prepared_on(
     (tmp_path / "rows.json").write_bytes(packed(chats(0, 60)))
     load = datasets.load_dataset
 
-    def local(name: str, split: str, streaming: bool) -> Any:
+    def local(name: str, split: str, revision: str | None, streaming: bool) -> Any:
         files = str(tmp_path / "rows.json")
         return load("json", data_files=files, split="train", streaming=streaming)
 
@@ -467,7 +470,9 @@ def test_a_hub_that_is_lost_on_the_way_costs_nothing(
 ) -> None:
     lost = [True]
 
-    def unsteady(name: str, split: str, streaming: bool) -> Iterator[dict[str, Messages]]:
+    def unsteady(
+        name: str, split: str, revision: str | None, streaming: bool
+    ) -> Iterator[dict[str, Messages]]:
         for number, messages in enumerate(chats(0, 60)):
             if lost[0] and number == 40:
                 raise ConnectionError("gone\nfor good")
@@ -475,7 +480,7 @@ def test_a_hub_that_is_lost_on_the_way_costs_nothing(
 
     monkeypatch.setattr(datasets, "load_dataset", unsteady)
     config, out = settings_of("somebody/chats", tokenizer="gpt2"), tmp_path / "out"
-    with pytest.raises(HubLostError, match=r"behind row 40, the hub gave none \(gone\); check"):
+    with pytest.raises(LostSourceError, match=r"behind row 40, the hub gave none \(gone\); check"):
         prepare(config, out)
     lost[0] = False
     told: list[int] = []
@@ -483,6 +488,117 @@ def test_a_hub_that_is_lost_on_the_way_costs_nothing(
     assert 20 <= sum(told) < 40
     prepare(config, tmp_path / "whole")
     assert tree(out) == tree(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("where", ["the second source", "training after what is held out"])
+def test_a_hub_that_is_lost_at_the_start_of_a_source_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    lost = [True]
+
+    def unsteady(
+        name: str, split: str, revision: str | None, streaming: bool
+    ) -> Iterator[dict[str, Messages]]:
+        begun.append(name)
+        # the vocabulary and the first look at a name are behind
+        if lost[0] and name == "b/b" and begun.count(name) > looks:
+            raise ConnectionError("gone")
+        return iter([{"messages": m} for m in (chats(0, 30) if name == "a/a" else chats(30, 60))])
+
+    begun: list[str] = []
+    monkeypatch.setattr(datasets, "load_dataset", unsteady)
+    if where == "the second source":
+        config, looks = settings_of("a/a,b/b", tokenizer="gpt2"), 0
+    else:
+        config, looks = settings_of("b/b", valid="a/a", tokenizer="gpt2"), 1
+    out = tmp_path / "out"
+    with pytest.raises(LostSourceError, match=r"more rows of b/b train_sft expected behind row 0"):
+        prepare(config, out)
+    lost[0] = False
+    told: list[int] = []
+    prepare(config, out, progress=lambda what, count: told.append(count))
+    # of sixty dialogues one half was kept, but for what was on its way
+    assert sum(told) < 45
+    prepare(config, tmp_path / "whole")
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_name_that_is_none_is_found_before_there_is_something_to_lose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def typo(name: str, **options: Any) -> Any:
+        if name == "nobody/typo":
+            raise FileNotFoundError("no such dataset")
+        return iter([{"messages": m} for m in chats(0, 30)])
+
+    monkeypatch.setattr(datasets, "load_dataset", typo)
+    for config in (settings_of("a/a", valid="nobody/typo", tokenizer="gpt2"),
+                   settings_of("nobody/typo", tokenizer="gpt2")):  # fmt: skip
+        with pytest.raises(DataError, match="got 'nobody/typo' split"):
+            prepare(config, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "parquet"])
+def test_a_disk_that_fails_for_a_while_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, rows in (("0", chats(0, 40)), ("1", chats(40, 60))):
+        path = folder / f"{name}.{form}"
+        if form == "parquet":
+            write_parquet(path, rows, 6)
+        else:
+            path.write_bytes(FORMS[form](packed(rows)))
+    config, out = settings_of(folder, tokenizer="gpt2"), tmp_path / "out"
+    rows_of = "_parquet_rows" if form == "parquet" else "_json_rows"
+    whole = getattr(dialogues, rows_of)
+
+    def failing(path: Path, behind: int) -> Iterator[Any]:
+        if path.name == f"1.{form}":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        yield from whole(path, behind)
+
+    monkeypatch.setattr(dialogues, rows_of, failing)
+    with pytest.raises(LostSourceError, match=r"behind \w+ 0, but it could not be read \(Stale"):
+        prepare(config, out)
+    monkeypatch.setattr(dialogues, rows_of, whole)
+    told: list[int] = []
+    prepare(config, out, progress=lambda what, count: told.append(count))
+    assert sum(told) < 45
+    prepare(config, tmp_path / "whole")
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_what_is_pushed_to_the_hub_meanwhile_is_not_mixed_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    commits = ["first"]
+
+    class Api:
+        def dataset_info(self, name: str) -> Any:
+            return SimpleNamespace(sha=commits[-1])
+
+    def load(
+        name: str, split: str, revision: str | None, streaming: bool
+    ) -> list[dict[str, Messages]]:
+        rows = chats(0, 20) if revision == "first" else chats(20, 40)
+        return [{"messages": m} for m in rows]
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    reader = DialogueReader("a/a,b/b", **READ)
+    taken = list(islice(reader, 5))
+    position = reader.position()
+    assert position.revision == "first"
+    commits.append("second")
+    taken += list(DialogueReader("a/a,b/b", **READ, start=position))
+    # the second dataset begins where it stands by then
+    assert taken == chats(0, 20) + chats(20, 40)
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "jsonl"])

@@ -6,7 +6,6 @@ whose number depends on the rows alone: several processes write them side by sid
 is whole is not written again after an interruption.
 """
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from .files import (
     atomic_file,
     disk_error,
     read_sealed,
+    remove_folder,
     require_space,
     sha256,
     sync_rename,
@@ -228,7 +228,7 @@ def _write(
         for path in shards.iterdir():
             if path.name not in (_META, *names):
                 path.unlink()
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder)
         sync_rename(shards, folder)
 
     world.told(finish)

@@ -24,7 +24,7 @@ from .card import write_card
 from .cell import ContextCell, ConvexCell, Weights
 from .config import ModelConfig, SolverConfig, fingerprint, from_dict, to_dict
 from .data import ChatTokenizer
-from .errors import CheckpointError, ConfigError, shown
+from .errors import CheckpointError, ConfigError, NonFiniteError, shown
 from .files import (
     atomic_folder,
     checksums,
@@ -40,6 +40,7 @@ from .files import (
 from .measurements import pair_ratios, upper_factor
 from .model import LanguageModel, NewLLM, num_parameters
 from .stepper import Steppers
+from .watch import first_bad
 
 FORMAT_VERSION = 5
 # of a context that is kept in a file
@@ -90,7 +91,13 @@ def save_checkpoint(folder: Path, model: NewLLM, tokenizer: ChatTokenizer) -> No
 
     Raises:
         DiskFullError: there was no room; the old checkpoint is as it was.
+        NonFiniteError: a weight is NaN or infinite; the old checkpoint is as it was.
     """
+    bad = first_bad(dict(model.state_dict()))
+    if bad:
+        raise NonFiniteError(
+            f"weights of a checkpoint must be finite, got others for {folder}{bad}"
+        )
     with atomic_folder(folder) as part:
         save_weights(part / WEIGHTS, model)
         tokenizer.save(part)

@@ -17,7 +17,7 @@ import tyro
 
 from .config import PRESETS, RunConfig, SampleConfig, preset
 from .console import Console, discard_output, is_main_process
-from .errors import ConfigError, DiskFullError, NewLLMError, NonFiniteError
+from .errors import ConfigError, DiskFullError, NewLLMError
 
 Options = TypeVar("Options")
 
@@ -707,8 +707,8 @@ def _call(name: str, arguments: Sequence[str]) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     except NewLLMError as error:
-        # what all processes of a run find, one of them says
-        found_by_all = isinstance(error, ConfigError | NonFiniteError)
+        # a setting is wrong for all processes of a run, and one of them says it
+        found_by_all = isinstance(error, ConfigError)
         if not error.said and (is_main_process() or not found_by_all):
             print(f"new-llm: {error}", file=sys.stderr, flush=True)
         return error.exit_code

@@ -25,6 +25,8 @@ from .tokenizer import ChatTokenizer
 
 # ids that every verdict holds out: this share, and at least this many times C
 _HELD_OUT_SHARE, _HELD_OUT_WIDTHS = 0.1, 4
+# what is written when all else is
+_DONE = "prepared.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,20 +54,31 @@ def prepare(
 
     Raises:
         DataError: dialogues cannot be read, none is left, or fewer tokens than one sequence.
-        StoppedError: the disk was full, or the hub was lost; the same call goes on later.
+        StoppedError: the disk was full, or dialogues could not be reached any more; the same call
+            goes on later.
     """
     files = source_files(config.source) + (source_files(config.valid) if config.valid else [])
-    done = folder / "prepared.json"
-    if not done.exists():
+    if not (folder / _DONE).exists():
         Preparation(config, folder, files, progress).run()
+    prepared = open_prepared(folder, files)
+    # what is left where it was killed at its very end
+    discard(folder)
+    return prepared
+
+
+def open_prepared(folder: Path, files: list[Path] | None = None) -> Prepared:
+    """Open what `prepare` left, and check that it was made from these files if they are given.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or the dialogues have changed.
+    """
+    done = folder / _DONE
     remedy = f"delete {folder} and run the same command again"
     record = read_sealed(done, "tokenised data", version=FORMAT_VERSION, remedy=remedy)
-    if not unchanged(files, record["files"]):
+    if files is not None and not unchanged(files, record["files"]):
         raise CheckpointError(
             f"the dialogues that {folder} was made from have changed since; choose a new --out"
         )
-    # what is left where it was killed at its very end
-    discard(folder)
     parts = {name: TokenStore.open(folder / name) for name in ("train", "valid")}
     tokenizer = ChatTokenizer.load(folder / "tokenizer")
     found = {name: part.fingerprint for name, part in parts.items()}

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import lzma
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import DataError, HubLostError, shown
+from .errors import DataError, LostSourceError, shown
 
 Message = dict[str, str]
 Messages = list[Message]
@@ -68,6 +69,8 @@ class Position:
     """Rows, or lines, of the next piece that are behind."""
     hub: dict[str, Any] | None = None
     """What the hub's client needs to go on in that piece."""
+    revision: str | None = None
+    """Commit of that piece on the hub, so that what was pushed meanwhile is not mixed in."""
     num_dialogues: int = 0
     """Dialogues that were taken."""
     report: ReadReport = field(default_factory=ReadReport)
@@ -94,7 +97,7 @@ def read_dialogues(
 
     Raises:
         DataError: the source is missing, empty or unreadable, or a row is bad.
-        HubLostError: the hub gave some rows and then no more.
+        LostSourceError: the hub or a disk gave some rows and then no more.
     """
     reader = DialogueReader(
         source,
@@ -126,6 +129,7 @@ class DialogueReader:
         max_dialogues: int | None,
         start: Position | None = None,
         report: ReadReport | None = None,
+        begun: bool = False,
     ) -> None:
         if on_bad_row not in ("error", "skip"):
             raise DataError(f"on_bad_row must be error or skip, got {on_bad_row!r}")
@@ -135,9 +139,12 @@ class DialogueReader:
         self._skips = on_bad_row == "skip"
         self._max_dialogues = max_dialogues
         self._piece, self._row, self._hub_state = start.piece, start.row, start.hub
+        self._revision = start.revision
         self._num_dialogues = start.num_dialogues
         self._report = replace(start.report) if report is None else report
         self._hub: Any = None
+        # of what could not be read once more something is kept
+        self._begun = begun or start.piece > 0 or start.row > 0
 
     def position(self) -> Position:
         """Return where another reader goes on behind the last dialogue that was taken."""
@@ -145,6 +152,7 @@ class DialogueReader:
             piece=self._piece,
             row=self._row,
             hub=self._hub_state if self._hub is None else self._hub.state_dict(),
+            revision=self._revision,
             num_dialogues=self._num_dialogues,
             report=replace(self._report),
         )
@@ -187,9 +195,10 @@ class DialogueReader:
         pieces = _pieces(self._source)
         while self._piece < len(pieces):
             for number, place, row in self._piece_rows(pieces[self._piece]):
-                self._row = number
+                self._row, self._begun = number, True
                 yield place, row
-            self._piece, self._row, self._hub_state, self._hub = self._piece + 1, 0, None, None
+            self._piece, self._row = self._piece + 1, 0
+            self._hub_state, self._hub, self._revision = None, None, None
 
     def _piece_rows(self, piece: Path | str) -> Iterator[tuple[int, str, Any]]:
         """Yield the rows of a piece that are not behind, each with the number up to it."""
@@ -209,6 +218,14 @@ class DialogueReader:
         # each library has its own words for a file that was cut or changed
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             unit = "row" if parquet else "line"
+            # the system's own word: it is not what the file holds
+            number = getattr(error, "errno", None)
+            if self._begun and number is not None:
+                raise LostSourceError(
+                    f"more rows of {path} expected behind {unit} {self._row}, but it could not be "
+                    f"read ({os.strerror(number)}); see that it can be, and run the same "
+                    "command again: it goes on"
+                ) from None
             raise DataError(
                 f"{path} must be readable to its end, but behind {unit} {self._row}: {error}; "
                 "copy the file again"
@@ -219,7 +236,11 @@ class DialogueReader:
 
         split = self._split
         try:
-            rows: Any = datasets.load_dataset(name, split=split, streaming=True)
+            if not self._row:
+                self._revision = _revision(name)
+            rows: Any = datasets.load_dataset(
+                name, split=split, revision=self._revision, streaming=True
+            )
             if self._hub_state is not None:
                 rows.load_state_dict(self._hub_state)
             elif self._row:
@@ -231,15 +252,26 @@ class DialogueReader:
         # the hub's client has dozens of error types for one fact: the name cannot be read from here
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if self._row:
-                raise HubLostError(
+            if self._begun:
+                raise LostSourceError(
                     f"more rows of {name} {split} expected behind row {self._row}, the hub gave "
-                    f"none ({reason}); check the network and run the same command again"
+                    f"none ({reason}); check the network and run the same command again: it goes on"
                 ) from None
             raise DataError(
                 f"a dialogue file or a readable hub dataset expected, got {name!r} split {split!r} "
                 f"({reason}); check the name, the split and the network, or give a local file"
             ) from None
+
+
+def _revision(name: str) -> str | None:
+    """Return the commit that a dataset of the hub stands at; None where nobody says it."""
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.HfApi().dataset_info(name).sha
+    # offline, or a name that is none: what loads the dataset has the better words
+    except Exception:
+        return None
 
 
 def check_dialogue(row: Any, place: str) -> Messages:

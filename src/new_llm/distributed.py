@@ -121,17 +121,26 @@ class World:
             raise error
         return rest[0]
 
-    def _broadcast(self, value: Any) -> Any:
-        """Send a JSON value of the main process to all; nothing is pickled."""
-        data = b"" if value is None else json.dumps(value).encode()
+    def _broadcast(self, value: Any, source: int = 0) -> Any:
+        """Send a JSON value of one process to all; nothing is pickled."""
+        data = json.dumps(value).encode() if self.rank == source else b""
         with self.guarded():
             length = torch.tensor([len(data)])
-            torch.distributed.broadcast(length, 0, group=self.patient)
+            torch.distributed.broadcast(length, source, group=self.patient)
             sent = torch.empty(int(length), dtype=torch.uint8)
-            if self.is_main:
+            if self.rank == source:
                 sent = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            torch.distributed.broadcast(sent, 0, group=self.patient)
+            torch.distributed.broadcast(sent, source, group=self.patient)
         return json.loads(sent.numpy().tobytes())
+
+    def earliest(self, place: int, text: str) -> str:
+        """Return the text of the process whose place is the smallest; all must ask."""
+        if self.size == 1:
+            return text
+        places = torch.zeros(self.size, dtype=torch.int64)
+        places[self.rank] = place
+        # the first of equal ones
+        return self._broadcast(text, int(self.total(places).argmin()))
 
     def send(self, module: nn.Module) -> None:
         """Give the main process's parameters and buffers to all others."""
@@ -162,17 +171,22 @@ class World:
             return module
         with self.guarded():
             if sharded:
+                from torch.distributed.device_mesh import init_device_mesh
                 from torch.distributed.fsdp import fully_shard
 
-                fully_shard(module)
+                # the launcher's first choice may be another kind of device
+                kind = next(module.parameters()).device.type
+                fully_shard(module, mesh=init_device_mesh(kind, (self.size,)))
                 return module
             with warnings.catch_warnings():
                 # newer versions have another word for it, which older ones do not know
                 warnings.simplefilter("ignore", FutureWarning)
                 # buffers are computed alike everywhere
-                return nn.parallel.DistributedDataParallel(
+                replicas = nn.parallel.DistributedDataParallel(
                     module, broadcast_buffers=False, find_unused_parameters=partly
                 )
+            replicas.register_comm_hook(self.size, _mean_of_each)
+            return replicas
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -215,6 +229,33 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0][ctx.share], None, None
+
+
+def _mean_of_each(size: int, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+    """Take the mean of a bucket's gradients over processes, each gradient by itself.
+
+    How a sum of three is rounded depends on where a number stands in what is sent, and buckets are
+    laid out anew after the first step: a training that goes on would have other bits.
+    """
+    bucket.buffer().div_(size)
+    sums = []
+    for gradient in bucket.gradients():
+        work: Any = torch.distributed.all_reduce(gradient, async_op=True)
+        sums.append(work.get_future())
+
+    def summed(done: Any) -> Tensor:
+        for part in done.value():
+            # a process that is gone is an error of one of them
+            part.value()
+        return bucket.buffer()
+
+    return torch.futures.collect_all(sums).then(summed)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor that may be divided."""
+    local = getattr(tensor, "to_local", None)
+    return tensor if local is None else local()
 
 
 def is_divided(tensor: Tensor) -> bool:

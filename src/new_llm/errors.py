@@ -1,6 +1,7 @@
 """Typed errors. Each says what was wanted, what was given and what to do, in one or two lines."""
 
 import reprlib
+from typing import Self
 
 # characters of a message: what was given may be a file of megabytes
 _LONGEST = 1200
@@ -21,6 +22,12 @@ class NewLLMError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(_line(message))
+
+    def saying(self, message: str) -> Self:
+        """Return an error of this kind that says more, or nothing where another process does."""
+        error = type(self)(message)
+        error.said = self.said
+        return error
 
 
 def shown(value: object) -> str:
@@ -77,8 +84,8 @@ class NonFiniteError(StoppedError):
     """A loss, gradient or context became NaN or infinite."""
 
 
-class HubLostError(StoppedError):
-    """The hub gave some rows and then no more."""
+class LostSourceError(StoppedError):
+    """The hub or a disk gave some rows and then no more."""
 
 
 class DiskFullError(StoppedError):

@@ -32,6 +32,7 @@ from .errors import DataError
 from .measurements import LONGEST_REACH, Map, lyapunov_exponent, read_back
 from .model import LanguageModel, ModelOutput, NewLLM, solve_tokens, token_losses
 from .recurrence import Engine, sweep
+from .watch import require_finite
 
 # positions of held-out dialogues that sequence verdicts look at
 DIAGNOSED_SEQUENCES, DIAGNOSED_LENGTH = 8, 512
@@ -103,6 +104,7 @@ def evaluate(
 
     Raises:
         DataError: no token can be predicted.
+        NonFiniteError: the loss is NaN or infinite; the message names the first such weight.
     """
     world = world or World()
     was_training = model.training
@@ -153,6 +155,8 @@ def evaluate(
         raise DataError("at least one token to predict expected, got none; give longer dialogues")
     num_bytes = int(store.num_content_bytes.sum())
     loss = nats / count
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    require_finite({"the loss": loss}, parameters, "evaluation", world)
     return Evaluation(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),

@@ -74,6 +74,19 @@ def sync_rename(source: Path, target: Path) -> None:
     sync(target.parent)
 
 
+def remove_folder(target: Path) -> None:
+    """Take a folder away, so that a killed process leaves all of it or what `tidy` takes away."""
+    part = target.with_name(f".{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        target.rename(part)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise disk_error(error, target) from error
+    shutil.rmtree(part, ignore_errors=True)
+
+
 def recover_folder(target: Path) -> None:
     """Put back the folder that an interrupted swap had moved aside."""
     old = target.with_name(f".{target.name}.old")

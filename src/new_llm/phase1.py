@@ -127,7 +127,10 @@ class Objective(ABC):
         }
         norm = torch.nn.utils.clip_grad_norm_(self.cell.parameters(), self.config.gradient_clip)
         require_finite(
-            {"the loss": value, "the gradient norm": norm.item()}, gradients, f"step {number + 1}"
+            {"the loss": value, "the gradient norm": norm.item()},
+            gradients,
+            f"step {number + 1}",
+            self.world,
         )
         self.optimiser.step()
 
@@ -185,7 +188,7 @@ def _drive(
                 advance(1, note)
                 keeper.after_step(lambda number=number: save(number + 1))
             except NonFiniteError as error:
-                raise NonFiniteError(
+                raise error.saying(
                     f"Phase 1 stopped: {error}; {keeper.last_good()}; lower "
                     "--phase1.learning-rate and use a new --out"
                 ) from error
@@ -334,7 +337,7 @@ def _residual_visit(
         context = updated.detach()
         if stopped:
             break
-    require_finite({"the residual loss": value}, {}, f"step {number + 1}")
+    require_finite({"the residual loss": value}, {}, f"step {number + 1}", world)
     return value, iteration, stopped
 
 

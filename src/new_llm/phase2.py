@@ -500,7 +500,7 @@ class _Training:
             place = f"Phase 2 stopped after step {self.step}: "
             # what a solver finds does not know names
             named = "" if " are not finite)" in str(error) else first_bad(self._weights())
-            raise NonFiniteError(
+            raise error.saying(
                 f"{place}{error}{named}; {self.keeper.last_good()}; with a lower "
                 "--phase2.learning-rate, use a new --out"
             ) from error
@@ -568,6 +568,7 @@ class _Training:
             },
             self._looked_at(after, nats),
             f"step {self.step + 1}",
+            world,
         )
         for optimiser in self.optimisers:
             optimiser.step()
@@ -616,7 +617,7 @@ class _Training:
 
     def is_best(self, loss: float) -> bool:
         """Return whether a held-out loss is the lowest so far."""
-        if loss >= self.best:
+        if not loss < self.best:
             return False
         self.best = loss
         return True

@@ -26,7 +26,7 @@ from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint, weights_fi
 from .config import SEEDS, ModelConfig, RunConfig, to_dict
 from .console import Console
 from .counts import KneserNey
-from .data import Prepared, held_out_ids, prepare
+from .data import Prepared, held_out_ids, open_prepared, prepare
 from .distributed import World, joined
 from .doctor import THRESHOLDS
 from .errors import CheckpointError, ConfigError, DataError, GateError, StaleCacheError
@@ -37,7 +37,7 @@ from .evaluate import (
     token_verdict,
     verdict_dict,
 )
-from .files import alone, disk_error, require_space, sha256, tidy, write_sealed
+from .files import alone, disk_error, remove_folder, require_space, sha256, tidy, write_sealed
 from .generate import Conversation
 from .model import NewLLM, num_parameters
 from .records import FORMAT_VERSION, RunFolder, open_folder
@@ -168,10 +168,13 @@ class Run:
         done = self._stage("prepare")
         begun = time.monotonic()
 
-        def read() -> None:
+        read: Prepared | None = None
+
+        def make() -> None:
+            nonlocal read
             with self.console.track("tokenising dialogues", None) as advance:
                 try:
-                    prepare(
+                    read = prepare(
                         self.config.data,
                         self.folder.data,
                         progress=lambda what, count: advance(count, what),
@@ -181,9 +184,9 @@ class Run:
                         self._give_back()
                     raise
 
-        # one process reads dialogues, all open what it wrote
-        self.world.told(read)
-        prepared = prepare(self.config.data, self.folder.data)
+        # one process reads dialogues, which may lie on its machine alone; all open what it wrote
+        self.world.told(make)
+        prepared = open_prepared(self.folder.data) if read is None else read
         if done is None:
             with self._recorded("prepare", begun) as result:
                 result |= {
@@ -222,13 +225,27 @@ class Run:
         return NewLLM(shape, prepared.tokenizer.vocab_size, config.solver).to(self.device)
 
     def _load_phase1(self) -> NewLLM:
-        folder = self.folder.phase1_checkpoint
+        return self._load("phase1", self.folder.phase1_checkpoint).model.to(self.device)
+
+    def _load(self, name: str, folder: Path) -> Checkpoint:
+        """Return the model that a stage left.
+
+        Raises:
+            CheckpointError: it is gone, damaged, or not the one that the stage speaks of.
+        """
+        stage = self.folder.stage(name)
+        again = f"put it back, or delete {stage} to train it again"
         if not folder.exists():
+            raise CheckpointError(f"the model of {name} expected in {folder}, it is gone; {again}")
+        loaded = load_checkpoint(folder)
+        wanted = self.folder.read(stage, f"the result of stage {name}")["weights"]
+        found = weights_fingerprint(loaded.model)
+        if found != wanted:
             raise CheckpointError(
-                f"the model of Phase 1 expected in {folder}, but it is gone; "
-                f"delete {self.folder.stages / 'phase1.json'} to train it again"
+                f"{folder} must hold the weights {wanted} that stage {name} left, got {found}; "
+                f"{again}"
             )
-        return load_checkpoint(folder).model.to(self.device)
+        return loaded
 
     def phase1(self) -> dict[str, Any]:
         """Train the cells, measure convergence, judge, and check the gate.
@@ -270,6 +287,9 @@ class Run:
             if kept is None:
                 untrained = self.world.told(lambda: token_verdict(model).verdict)
                 self.console.say(f"verdict before training: {untrained}")
+            if self.world.rank:
+                # the first goes on with what it drew the weights from
+                self._seed(config.seed)
             phase1.train(
                 model,
                 ids,
@@ -302,9 +322,13 @@ class Run:
         self.console.say(f"{rate:.1%} of tokens converged by {_SEEDS_METRIC}, verdict {verdict}")
         return result
 
+    def _seed(self, seed: int) -> None:
+        """Let dropout draw numbers of this process's own, for its share."""
+        torch.manual_seed(seed + _RANK_STRIDE * self.world.rank)
+
     def _forget_training(self) -> None:
         """Take away the state of a phase whose result is kept."""
-        self.world.told(lambda: shutil.rmtree(self.folder.training, ignore_errors=True))
+        self.world.told(lambda: remove_folder(self.folder.training))
 
     def _first_dialogues(self, held_out: np.ndarray) -> list[np.ndarray]:
         """Return the first dialogues, cut to one sequence, without held-out ids."""
@@ -357,15 +381,22 @@ class Run:
         key = cache.sequence_key(model, train) if per_position else cache.token_key(model)
         done = self._stage("cache")
         exists = self.world.told(lambda: self.folder.cache.exists())
+        num_rows = train.num_tokens if per_position else model.vocab_size
+        size = cache.cache_bytes(model, num_rows)
+        about = {"num_rows": num_rows, "num_bytes": size, "key": key}
         if exists:
             # a cache that was deleted is written again; a damaged or stale one is refused
             try:
-                return cache.open_cache(self.folder.cache, key)
+                opened = cache.open_cache(self.folder.cache, key)
             except StaleCacheError:
                 if done is not None:
                     raise
-        num_rows = train.num_tokens if per_position else model.vocab_size
-        size = cache.cache_bytes(model, num_rows)
+            else:
+                if done is None:
+                    # it was whole, but not told of
+                    with self._recorded("cache") as result:
+                        result |= about
+                return opened
         self.console.say(f"cache: {num_rows:,} rows, {size / 1e6:,.1f} MB")
         with self._recorded("cache") as result, self.console.track("cache", num_rows) as advance:
             folder, world = self.folder.cache, self.world
@@ -373,7 +404,7 @@ class Run:
                 written = cache.write_sequence_cache(folder, model, train, advance, world)
             else:
                 written = cache.write_token_cache(folder, model, advance, world)
-            result |= {"num_rows": num_rows, "num_bytes": size, "key": key}
+            result |= about
         return written
 
     def phase2(self) -> None:
@@ -386,8 +417,7 @@ class Run:
         model = self._load_phase1()
         self._begin("phase2")
         with self._recorded("phase2") as result:
-            # what dropout draws is of this process's lanes
-            torch.manual_seed(config.seed + 1 + _RANK_STRIDE * self.world.rank)
+            self._seed(config.seed + 1)
             trained = phase2.train(
                 model,
                 phase2.Phase2Data(
@@ -440,7 +470,7 @@ class Run:
         self.phase2()
         config, prepared = self.config, self.prepare()
         if self._stage("evaluate") is None:
-            loaded = load_checkpoint(self.folder.checkpoint)
+            loaded = self._load("phase2", self.folder.checkpoint)
             model = loaded.model.to(self.device)
             with self._recorded("evaluate") as result:
                 with self.console.track("evaluation", prepared.valid.num_tokens) as advance:
@@ -522,7 +552,7 @@ class Run:
             "convergence": stages["phase1"]["convergence"],
             "samples": stages["evaluate"]["samples"],
         }
-        final = load_checkpoint(self.folder.checkpoint)
+        final = self._load("phase2", self.folder.checkpoint)
         write_card(
             self.folder.checkpoint,
             contraction=final.config["contraction"],

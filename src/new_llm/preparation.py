@@ -106,7 +106,8 @@ class Preparation:
 
     Raises:
         DataError: dialogues cannot be read, none is left, or fewer tokens than one sequence.
-        StoppedError: there was no room, or the hub was lost; the next one goes on.
+        StoppedError: there was no room, or dialogues could not be reached any more; the next one
+            goes on.
     """
 
     def __init__(
@@ -180,6 +181,10 @@ class Preparation:
     def _begin(self) -> tuple[_Saved, ChatTokenizer]:
         """Make or take the vocabulary, the first thing that is saved."""
         config = self._config
+        # a name that is none is found before there is something to lose
+        next(iter(self._train_reader(Position(), begun=False)))
+        if config.valid is not None:
+            next(iter(self._valid_reader(config.valid, Position(), begun=False)))
         tokenizer = ChatTokenizer.from_name(config.tokenizer, self._texts(), config.vocab_size)
         discard(self._folder)
         tokenizer.save(self._hidden / "tokenizer")
@@ -197,7 +202,7 @@ class Preparation:
         """Yield contents of training dialogues, as many as a vocabulary is trained on."""
         left = _TOKENIZER_CHARACTERS
         config = self._config
-        for messages in self._train_reader(Position()):
+        for messages in self._train_reader(Position(), begun=False):
             if config.valid is None and is_held_out(messages, config.valid_fraction):
                 continue
             for message in messages:
@@ -206,7 +211,7 @@ class Preparation:
             if left <= 0:
                 return
 
-    def _train_reader(self, start: Position) -> DialogueReader:
+    def _train_reader(self, start: Position, *, begun: bool = True) -> DialogueReader:
         config = self._config
         return DialogueReader(
             config.source,
@@ -214,9 +219,10 @@ class Preparation:
             on_bad_row=config.on_bad_row,
             max_dialogues=config.max_dialogues,
             start=start,
+            begun=begun,
         )
 
-    def _valid_reader(self, source: str, start: Position) -> DialogueReader:
+    def _valid_reader(self, source: str, start: Position, *, begun: bool = True) -> DialogueReader:
         config = self._config
         return DialogueReader(
             source,
@@ -224,6 +230,7 @@ class Preparation:
             on_bad_row=config.on_bad_row,
             max_dialogues=None,
             start=start,
+            begun=begun,
         )
 
     def _write(self, saved: _Saved, tokenizer: ChatTokenizer) -> _Saved:

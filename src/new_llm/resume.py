@@ -30,7 +30,7 @@ from .files import (
 )
 from .watch import first_bad
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _KIND = "the state of a training"
 _VALUES = "state.json"
 
@@ -92,19 +92,25 @@ class Keeper:
         Raises:
             CheckpointError: it is damaged, or of another run.
         """
-        if self.folder is None:
+        folder = self.folder
+        if folder is None:
             return None
-        recover_folder(self.folder)
-        if not self.folder.is_dir():
-            return None
-        remedy = f"delete {self.folder} to begin that phase again"
-        values = read_manifest(self.folder / _VALUES, _KIND, version=FORMAT_VERSION, remedy=remedy)
-        if values["owner"] != self.owner:
-            raise CheckpointError(
-                f"the state of the run {self.owner} expected, {self.folder} is of "
-                f"{values['owner']}; {remedy}"
-            )
-        return values
+
+        def read() -> dict[str, Any] | None:
+            recover_folder(folder)
+            if not folder.is_dir():
+                return None
+            remedy = f"delete {folder} to begin that phase again"
+            values = read_manifest(folder / _VALUES, _KIND, version=FORMAT_VERSION, remedy=remedy)
+            if values["owner"] != self.owner:
+                raise CheckpointError(
+                    f"the state of the run {self.owner} expected, {folder} is of "
+                    f"{values['owner']}; {remedy}"
+                )
+            return values
+
+        # one process looks, so that all go the same way
+        return self.world.told(read)
 
     def load(
         self, trained: tuple[nn.Module | None, Sequence[torch.optim.Optimizer]]
@@ -126,9 +132,10 @@ class Keeper:
             _load_optimisers(saved, optimisers)
         extra = load_tensors(self.folder / "extra.safetensors", _KIND)
         random = {name: extra.pop(name) for name in list(extra) if name.startswith("random.")}
-        mine = random.get(f"random.{self.world.rank}")
-        if mine is not None:
-            torch.set_rng_state(mine)
+        for device in _drawing(optimisers):
+            mine = random.get(f"random.{device.type}.{self.world.rank}")
+            if mine is not None:
+                _set_random_state(device, mine)
         self.kept_at = values["at"]
         tensors = {name.removeprefix("extra."): value for name, value in extra.items()}
         return TrainingState(tensors=tensors, values=values)
@@ -147,14 +154,18 @@ class Keeper:
         weights = {name: whole(value) for name, value in weight_tensors(model).items()}
         bad = first_bad(weights)
         if bad:
-            # the step that would find it has not come yet
-            raise NonFiniteError(f"weights must stay finite, got others after {at}{bad}")
+            # the step that would find it has not come yet; all processes have these weights
+            error = NonFiniteError(f"weights must stay finite, got others after {at}{bad}")
+            error.said = not self.world.is_main
+            raise error
         moments = _optimiser_tensors(optimisers)
         extra = {f"extra.{name}": value for name, value in state.tensors.items()}
-        random = torch.zeros((self.world.size, len(torch.get_rng_state())), dtype=torch.uint8)
-        random[self.world.rank] = torch.get_rng_state()
-        random = self.world.total(random)
-        extra |= {f"random.{rank}": row.clone() for rank, row in enumerate(random)}
+        for device in _drawing(optimisers):
+            now = _random_state(device)
+            random = torch.zeros((self.world.size, len(now)), dtype=torch.uint8)
+            random[self.world.rank] = now
+            for rank, row in enumerate(self.world.total(random)):
+                extra[f"random.{device.type}.{rank}"] = row.clone()
         values = state.values | {
             "phase": phase, "at": at, "owner": self.owner, "history": self.length(),
         }  # fmt: skip
@@ -220,6 +231,30 @@ class Keeper:
         if self.folder is None or self.kept_at is None:
             return "no state was kept before it"
         return f"the last good state, {self.kept_at}, is in {self.folder}"
+
+
+def _drawing(optimisers: Sequence[torch.optim.Optimizer]) -> list[torch.device]:
+    """Return where numbers are drawn: on the CPU, and for dropout where the weights are."""
+    of_weights = [p.device for each in optimisers for g in each.param_groups for p in g["params"]]
+    return [torch.device("cpu"), *(device for device in of_weights[:1] if device.type != "cpu")]
+
+
+def _random_state(device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    return torch.get_device_module(device).get_rng_state(*_which(device))
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, *_which(device))
+
+
+def _which(device: torch.device) -> list[torch.device]:
+    # there is one of this kind, and it is not named
+    return [] if device.type == "mps" else [device]
 
 
 def _optimiser_tensors(optimisers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import World, own_part
 from .errors import NonFiniteError
 
 # losses between two of which a jump is looked for, and the share of the new in their mean
@@ -18,7 +19,10 @@ _QUIET = 200
 
 
 def require_finite(
-    numbers: Mapping[str, float], tensors: Mapping[str, Tensor | None], place: str
+    numbers: Mapping[str, float],
+    tensors: Mapping[str, Tensor | None],
+    place: str,
+    world: World | None = None,
 ) -> None:
     """Check numbers of a step; where one is not finite, name the first tensor that is not.
 
@@ -26,9 +30,10 @@ def require_finite(
         numbers: what decides, the same on all processes.
         tensors: where it may come from, in the order of computing.
         place: the step, in words.
+        world: processes that check together; the first tensor is that of any of them.
 
     Raises:
-        NonFiniteError: a number is NaN or infinite.
+        NonFiniteError: a number is NaN or infinite; the same on all processes, said by one.
 
     >>> require_finite({"the loss": 1.0}, {}, "step 3")
     >>> require_finite({"the loss": math.nan}, {"W": torch.tensor([1.0, math.inf])}, "step 3")
@@ -38,25 +43,35 @@ def require_finite(
     for name, value in numbers.items():
         if math.isfinite(value):
             continue
-        raise NonFiniteError(f"{name} must stay finite, got {value} in {place}{first_bad(tensors)}")
+        world = world or World()
+        named = first_bad(tensors, world)
+        error = NonFiniteError(f"{name} must stay finite, got {value} in {place}{named}")
+        error.said = not world.is_main
+        raise error
 
 
-def first_bad(tensors: Mapping[str, Tensor | None]) -> str:
+def first_bad(tensors: Mapping[str, Tensor | None], world: World | None = None) -> str:
     """Return in words, in brackets, the first tensor that is not finite; nothing if all are.
+
+    Of several processes, which must all ask for the same names, that of the one that has the first.
 
     >>> first_bad({"W": torch.ones(2), "b": torch.tensor([math.nan])})
     ' (b: 1 of 1 numbers are not finite)'
     """
-    found = next((text for text in map(_bad, tensors, tensors.values()) if text), None)
-    return f" ({found})" if found else ""
+    texts = map(_bad, tensors, tensors.values())
+    found = next(((place, text) for place, text in enumerate(texts) if text), None)
+    place, text = found or (len(tensors), "")
+    text = text if world is None else world.earliest(place, text)
+    return f" ({text})" if text else ""
 
 
 def _bad(name: str, tensor: Tensor | None) -> str | None:
     if tensor is None:
         return None
-    bad = ~torch.isfinite(tensor)
+    # of a divided one the part that is here
+    bad = ~torch.isfinite(own_part(tensor))
     count = int(bad.sum())
-    return f"{name}: {count:,} of {tensor.numel():,} numbers are not finite" if count else None
+    return f"{name}: {count:,} of {bad.numel():,} numbers are not finite" if count else None
 
 
 class Watch:
