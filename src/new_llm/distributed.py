@@ -231,7 +231,10 @@ class _Gather(torch.autograd.Function):
         return grads[0][ctx.share], None, None
 
 
-def _mean_of_each(size: int, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+def _mean_of_each(
+    size: int,
+    bucket: torch.distributed.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
+) -> torch.futures.Future[Tensor]:
     """Take the mean of a bucket's gradients over processes, each gradient by itself.
 
     How a sum of three is rounded depends on where a number stands in what is sent, and buckets are
