@@ -332,6 +332,24 @@ def test_two_processes_never_work_in_one_folder(
     assert {path.name for path in out.iterdir()} == {path.name for path in finished.iterdir()}
 
 
+def test_a_checkpoint_of_another_run_is_not_taken_for_this_ones(
+    finished: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    arguments = ["run", "--data", str(chats), *QUICK, "--out"]
+    assert cli.main([*arguments, str(other), "--seed", "1"]) == 0
+    for name, stages in (("checkpoint", ["evaluate"]), ("phase1", ["evaluate", "phase2", "cache"])):
+        out = Path(shutil.copytree(finished, tmp_path / name))
+        shutil.rmtree(out / name)
+        shutil.copytree(other / name, out / name)
+        for file in (out / "result.json", *(out / "stages" / f"{s}.json" for s in stages)):
+            file.unlink()
+        capsys.readouterr()
+        assert cli.main([*arguments, str(out)]) == 2
+        error = capsys.readouterr().err
+        assert "must hold the weights" in error and str(out / name) in error, error
+
+
 def digest(array: Any) -> str:
     return hashlib.sha256(np.asarray(array).tobytes()).hexdigest()
 

@@ -10,12 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import small_model, store_of
+from helpers import saved, small_model, store_of
 from new_llm import phase1, phase2
 from new_llm.cell import ConvexCell
+from new_llm.checkpoint import load_checkpoint, save_checkpoint
 from new_llm.config import Phase1Config, Phase2Config
 from new_llm.console import Console
 from new_llm.errors import NonFiniteError
+from new_llm.evaluate import evaluate
 from new_llm.model import NewLLM
 from new_llm.resume import Keeper
 from new_llm.watch import Watch, require_finite
@@ -166,3 +168,21 @@ def test_the_first_tensor_that_is_not_finite_is_named() -> None:
     with pytest.raises(NonFiniteError, match=r"second: 2 of 3 numbers"):
         require_finite({"the loss": math.inf}, {"first": good, "second": bad, "third": bad}, "x")
     require_finite({"the loss": 1.0}, {"second": bad}, "x")
+
+
+def test_an_evaluation_that_is_no_number_names_the_weight() -> None:
+    model = NewLLM(small_model(), 48)
+    with torch.no_grad():
+        model.final_norm.weight[3] = math.nan
+    with pytest.raises(NonFiniteError, match=r"loss must .* in evaluation \(final_norm\.weight: 1"):
+        evaluate(model, store_of(text()))
+
+
+def test_weights_that_are_no_numbers_do_not_take_the_place_of_a_checkpoint(tmp_path: Path) -> None:
+    loaded = load_checkpoint(saved(tmp_path / "c"))
+    before = (tmp_path / "c" / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        loaded.model.embedding.weight[3, 1] = math.inf
+    with pytest.raises(NonFiniteError, match=r"\(embedding\.weight: 1 of"):
+        save_checkpoint(tmp_path / "c", loaded.model, loaded.tokenizer)
+    assert (tmp_path / "c" / "model.safetensors").read_bytes() == before
