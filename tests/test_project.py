@@ -13,10 +13,11 @@ from new_llm import cli
 SOURCE = Path(__file__).parents[1] / "src" / "new_llm"
 # a module imports only modules that stand before it
 ORDER = [
-    "errors", "config", "configuration_new_llm", "console", "distributed", "files", "dialogues",
+    "errors", "config", "configuration_new_llm", "console", "distributed", "watch", "files",
+    "dialogues",
     "tokenizer", "store", "preparation", "data", "cell", "counts", "fixed_point", "scan",
     "recurrence", "measurements", "doctor", "model", "modeling_new_llm", "announce", "stepper",
-    "card", "checkpoint", "watch", "resume", "evaluate", "phase1", "cache", "optimiser",
+    "card", "checkpoint", "resume", "evaluate", "phase1", "cache", "optimiser",
     "phase2", "generate", "baselines", "peers",
     "records", "plots", "report", "tracking", "pipeline", "specimens", "runner", "trials",
     "laboratory", "experiments", "claims", "lab", "speed", "quality", "ablations", "tasks",
