@@ -284,19 +284,25 @@ def test_every_weight_is_moved_by_one_optimiser(kind: str, optimiser: str) -> No
         assert moved[name][1] == (decays if is_matrix else 0.0), name
 
 
-def test_an_interrupted_training_ends_with_the_same_bits(tmp_path: Path) -> None:
+# behind the last step all that is left is to enter evaluation
+@pytest.mark.parametrize("stop_at", [30, 60])
+@pytest.mark.parametrize("cell", ["layerwise", "convex"])
+def test_an_interrupted_training_ends_with_the_same_bits(
+    cell: str, stop_at: int, tmp_path: Path
+) -> None:
     config = replace(SMALL, pair_hinge=0.5, contractive=0.5)
     torch.manual_seed(3)
-    whole = make("layerwise", dropout=0.1)
-    broken = make("layerwise", dropout=0.1)
+    dropout = 0.0 if cell == "convex" else 0.1
+    whole, broken, resumed = (make(cell, dropout=dropout).eval() for _ in range(3))
     broken.load_state_dict(whole.state_dict())
     _, result = train(whole, tmp_path / "whole", config)
-    _, stopped = train(broken, tmp_path / "broken", config, stop_at=30)
+    _, stopped = train(broken, tmp_path / "broken", config, stop_at=stop_at)
     assert stopped is None
-    resumed = make("layerwise", dropout=0.1)
     rows, again = train(resumed, tmp_path / "broken", config)
-    assert min(row["step"] for row in rows) > 30
+    assert all(row["step"] > stop_at for row in rows)
     assert result == again
+    whole.eval()
+    resumed.eval()
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
 

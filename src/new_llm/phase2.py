@@ -468,6 +468,8 @@ class _Training:
         if goes_on:
             # before parameters are divided among processes
             load_weights(keeper.weights(), model)
+            # as it was when it was kept: entering evaluation makes what a limit rests on exact
+            model.train()
         trainable(model, freeze_context=config.freeze_context)
         context = model.initial_context(self.lanes)
         self.own = None
