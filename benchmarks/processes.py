@@ -11,6 +11,7 @@ step: how far any change of rounding takes a training, with no second process in
 
 import argparse
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -27,6 +28,7 @@ from new_llm.records import read_history
 
 WAYS = {
     "convex (default preset)": ["convex"],
+    "convex, Muon in float32": ["convex", "--phase2.muon-precision", "float32"],
     "convex, AdamW": ["convex", "--phase2.optimiser", "adamw"],
     "layerwise": ["layerwise"],
     "seed-layerwise, dropout 0": ["seed-layerwise", "--model.dropout", "0",
@@ -53,7 +55,7 @@ def main() -> None:
         if given.noise is not None:
             counts.append(given.noise)
         for count in counts:
-            out = given.out / f"{WAYS[way][0]}-{len(WAYS[way])}-{count}"
+            out = given.out / f"{re.sub(r'[^a-z0-9]+', '-', way.lower()).strip('-')}-{count}"
             seconds = run(out, WAYS[way], count, given)
             found = losses(out, given.steps)
             first = first or found

@@ -1,6 +1,6 @@
 """Muon: equal to PyTorch's in exact arithmetic, whatever the shapes; whatever the CPU."""
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from new_llm import optimiser
+from new_llm.config import ModelConfig, Phase2Config
+from new_llm.model import NewLLM
 from new_llm.optimiser import Muon, orthogonalised
+from new_llm.phase2 import make_optimisers
 
 SHAPES = [(12, 12), (12, 12), (8, 20), (20, 8), (8, 20), (1, 6)]
 
@@ -52,6 +55,27 @@ def test_steps_are_those_of_pytorch(fast: bool, monkeypatch: pytest.MonkeyPatch)
         moved = (other - old).norm().item()
         assert moved > 0.0
         assert (one - other).norm().item() < 0.03 * moved
+
+
+@pytest.mark.parametrize("precision", ["auto", "float32"])
+def test_precision_is_the_one_that_phase_2_asks_for(
+    precision: Literal["auto", "float32"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimiser, "fast_bfloat16", lambda device: True)
+    model = NewLLM(ModelConfig(context_width=64, embedding_width=64, hidden_width=64), 50)
+    config = Phase2Config(muon_precision=precision, learning_rate=1.0, weight_decay=0.0)
+    muon = make_optimisers(model, config)[0]
+    assert isinstance(muon, Muon)
+    weight = next(p for p in muon.param_groups[0]["params"] if p.shape == (64, 64))
+    with torch.no_grad():
+        weight.zero_()
+    torch.manual_seed(0)
+    weight.grad = torch.randn(64, 64)
+    muon.step()
+    # momentum scales the first direction, which is then made as long as it ever is
+    wanted = -0.2 * 8.0 * in_turn(weight.grad, steps=5)
+    apart = ((weight - wanted).norm() / wanted.norm()).item()
+    assert apart < 1e-5 if precision == "float32" else 1e-3 < apart < 0.1
 
 
 def test_a_matrix_without_gradient_stays() -> None:

@@ -328,6 +328,9 @@ class Phase2Config:
     """Segments a step."""
     optimiser: Literal["muon", "adamw"] = "muon"
     """What moves the matrices of layers; embeddings, gains and biases move by AdamW."""
+    muon_precision: Literal["auto", "float32"] = "auto"
+    """Precision in which Muon orthogonalises: `auto` is bfloat16 where its products are fast; in
+    `float32` any number of processes trains alike."""
     learning_rate: float = 6e-3
     """Peak step size."""
     final_learning_rate: float = 0.05

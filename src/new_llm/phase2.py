@@ -122,7 +122,8 @@ def make_optimisers(model: LanguageModel, config: Phase2Config) -> list[torch.op
     decay, rate = config.weight_decay, config.learning_rate
     optimisers: list[torch.optim.Optimizer] = []
     if config.optimiser == "muon" and matrices:
-        optimisers.append(Muon(matrices, rate, weight_decay=decay))
+        wide = torch.float32 if config.muon_precision == "float32" else None
+        optimisers.append(Muon(matrices, rate, weight_decay=decay, dtype=wide))
         matrices = []
     groups = [
         {"params": [*matrices, *tables], "weight_decay": decay},
