@@ -13,7 +13,7 @@ from helpers import store_of
 from new_llm.config import PeerConfig
 from new_llm.evaluate import evaluate
 from new_llm.model import token_losses
-from new_llm.peers import Peer, Pieces
+from new_llm.peers import MambaMixer, Peer, Pieces
 
 KINDS = get_args(get_type_hints(PeerConfig)["kind"])
 CARRYING = [kind for kind in KINDS if kind != "mamba"]
@@ -71,6 +71,23 @@ def test_what_is_carried_is_all_that_is_remembered(kind: str, seed: int, cut: in
     second = peer(ids[:, cut:], first.context, starts=starts[:, cut:], real=real[:, cut:])
     found = torch.cat([first.features, second.features], dim=1)
     torch.testing.assert_close(found[real], whole.features[real], atol=1e-5, rtol=1e-4)
+
+
+def test_mamba_by_its_scan_is_mamba_by_its_loop() -> None:
+    pytest.importorskip("mambapy")
+    ids, starts, real = text(3, 23)
+    found = []
+    for parallel in (True, False):
+        peer = small_peer("mamba")
+        for mixer in peer.modules():
+            if isinstance(mixer, MambaMixer):
+                assert mixer.inner.use_mambapy
+                mixer.inner.use_mambapy = parallel
+        features = peer(ids, starts=starts, real=real).features
+        features.square().sum().backward()
+        found.append([features, *(p.grad for p in peer.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 def test_attention_reaches_as_far_as_its_window() -> None:

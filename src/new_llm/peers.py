@@ -200,9 +200,10 @@ class AttentionMixer(Mixer):
 
 @final
 class MambaMixer(Mixer):
-    """The mixer of `transformers`, by its plain PyTorch path; nothing is carried on.
+    """The mixer of `transformers`, in plain PyTorch; nothing is carried on.
 
-    It begins at zero in every piece: evaluate it on whole dialogues.
+    It begins at zero in every piece: evaluate it on whole dialogues. With `mambapy` beside it, a
+    parallel scan; without, its loop over positions, whose backward pass takes ten times as long.
 
     Source: Mamba (arXiv:2312.00752).
     """
@@ -214,7 +215,9 @@ class MambaMixer(Mixer):
         from transformers.models.mamba import modeling_mamba
 
         self.width = width
-        config = MambaConfig(hidden_size=width, state_size=state_size, num_hidden_layers=1)
+        config = MambaConfig(
+            hidden_size=width, state_size=state_size, num_hidden_layers=1, use_mambapy=True
+        )
         self.inner = modeling_mamba.MambaMixer(config, 0)
 
     def initial(self, batch: int) -> Tensor:
