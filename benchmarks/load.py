@@ -317,6 +317,8 @@ def serving(options: Options, figures: Figures) -> Iterator[tuple[str, int]]:
     command = [sys.executable, "-m", "new_llm", "serve", str(options.checkpoint), "--port", "0",
                "--session-minutes", str(options.session_minutes),
                "--max-sessions", str(options.max_sessions)]  # fmt: skip
+    # a shell's background job is born deaf to Ctrl-C, and so would be the server
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryFile("w+") as complaints, subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=complaints, text=True
     ) as run:  # fmt: skip

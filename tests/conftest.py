@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ from new_llm import cli
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
+# a shell's background job is born deaf to Ctrl-C, and so would be all that is started here
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore
 

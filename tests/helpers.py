@@ -123,7 +123,10 @@ def served(*arguments: str) -> Iterator[str]:
         line = run.stdout.readline()
         found = re.search(r"http://127\.0\.0\.1:\d+", line)
         assert found, line + run.stderr.read()
-        yield found[0]
-        run.send_signal(signal.SIGINT)
-        assert run.wait(20) == 130
-        assert "Traceback" not in run.stderr.read()
+        try:
+            yield found[0]
+            run.send_signal(signal.SIGINT)
+            assert run.wait(20) == 130
+            assert "Traceback" not in run.stderr.read()
+        finally:
+            run.kill()
