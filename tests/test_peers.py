@@ -1,6 +1,6 @@
 """Every peer keeps the contract of a language model: it is trained and scored as ours is."""
 
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -88,6 +88,47 @@ def test_mamba_by_its_scan_is_mamba_by_its_loop() -> None:
         found.append([features, *(p.grad for p in peer.parameters())])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "mingru"])
+def test_units_keep_for_times_from_a_token_to_the_longest(kind: str) -> None:
+    torch.manual_seed(0)
+    config = PeerConfig(
+        kind=kind,  # pyright: ignore[reportArgumentType]
+        embedding_width=16, width=64, mlp_width=0, num_blocks=1, longest_timescale=50.0,
+    )  # fmt: skip
+    mixer: Any = Peer(config, V).stages()[0].cell
+    nothing = torch.zeros(1, 1, 16)
+    no, yes = torch.zeros(1, 1, dtype=torch.bool), torch.ones(1, 1, dtype=torch.bool)
+
+    def after(context: float) -> Tensor:
+        before = mixer.initial(1)
+        # of an LSTM the cell, which stands behind what it shows
+        before.view(1, -1, 64)[:, -1] = context
+        return mixer(nothing, before, no, yes)[1].view(1, -1, 64)[0, -1]
+
+    with torch.no_grad():
+        if kind == "gru":
+            # its candidate reads the context too
+            mixer.layer.weight_hh_l0.zero_()
+        kept = (after(1e-3) - after(0.0)) / 1e-3
+    timescale = -1.0 / kept.double().log()
+    assert torch.allclose(timescale[[0, -1]], torch.tensor([1.0, 50.0]).double(), rtol=0.05)
+    assert (timescale.diff() > 0.0).all()
+
+
+@pytest.mark.parametrize("kind", CARRYING)
+def test_what_is_carried_is_the_same_in_training(kind: str) -> None:
+    peer = small_peer(kind)
+    ids, starts, real = text(2, 20)
+    contexts = []
+    for mode in (True, False):
+        peer.train(mode)
+        first = peer(ids[:, :9], starts=starts[:, :9], real=real[:, :9])
+        second = peer(ids[:, 9:], first.context.detach(), starts=starts[:, 9:], real=real[:, 9:])
+        contexts.append((second.features, second.context))
+    for one, other in zip(*contexts, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_attention_reaches_as_far_as_its_window() -> None:

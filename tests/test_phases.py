@@ -280,7 +280,7 @@ def test_every_weight_is_moved_by_one_optimiser(kind: str, optimiser: str) -> No
         is_map = parameter.ndim == 2 and "embedding" not in name and "A_log" not in name
         wanted = Muon if is_map and optimiser == "muon" else torch.optim.AdamW
         assert moved[name][0] is wanted, name
-        is_matrix = parameter.ndim >= 2 and "embedding" not in name
+        is_matrix = parameter.ndim >= 2 and "embedding" not in name and "A_log" not in name
         assert moved[name][1] == (decays if is_matrix else 0.0), name
 
 

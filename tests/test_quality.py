@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count as counting
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from new_llm.checkpoint import load_checkpoint
 from new_llm.cli import main
 from new_llm.config import preset, to_dict
 from new_llm.console import Console
-from new_llm.errors import CheckpointError, DataError
+from new_llm.errors import CheckpointError, DataError, NonFiniteError
 from new_llm.evaluate import rebuilt_gains
 from new_llm.model import NewLLM, num_parameters, token_losses
 from new_llm.quality import (
@@ -31,6 +32,7 @@ from new_llm.quality import (
     prepare_corpus,
 )
 from new_llm.results import MARK, write_kept
+from new_llm.runner import Runner
 
 QUIET = Console(quiet=True)
 
@@ -154,14 +156,98 @@ def test_ours_and_a_peer_learn_from_the_same_tokens(
     # what is kept is not trained again, and holds its exact config
     kept = sorted((tmp_path / "trials").iterdir())
     records = [json.loads(path.read_text()) for path in kept]
-    assert {record["trial"] for record in records} == {"trained", "paced"}
+    assert {record["trial"] for record in records} == {"tried", "trained", "paced"}
     for record in records:
-        if record["trial"] == "trained":
+        if record["trial"] != "paced":
             assert set(record["arguments"]["phase2"]) == set(to_dict(small.phase2))
+            assert record["arguments"]["phase2"]["muon_precision"] == "float32"
+    assert not any((tmp_path / "unfinished").glob("*"))
+    assert ours["above ours"] == 0.0
+    apart = peer["mix"] - ours["mix"]
+    assert peer["above ours"] == pytest.approx(apart) and peer["its spread"] > 0.0
     monkeypatch.setattr(quality, "trained", None)
     monkeypatch.setattr(quality.Runner, "_computed", lambda self, trial, left: iter(()))
     monkeypatch.setattr(quality.Runner, "key", lambda self, trial, given: _key(given, kept))
     assert asked.run() == rows
+
+
+def test_a_step_size_that_diverges_is_not_chosen(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def scored(**given: Any) -> dict[str, Any]:
+        if given["phase2"]["learning_rate"] > 0.01:
+            raise NonFiniteError("the loss is NaN")
+        loss = given["phase2"]["learning_rate"] + (given["model"].get("kind") == "gru")
+        return {"scores": {"a": {"loss": loss, "num_tokens": 1}}}
+
+    monkeypatch.setattr(quality, "trained", scored)
+    monkeypatch.setattr(quality, "PEERS", ("gru",))
+    asked = Quality(console=QUIET, out=tmp_path, learning_rates=(0.02, 0.004, 0.002), num_workers=1)
+    with Runner(console=QUIET, folder=tmp_path / "trials", num_workers=1) as runner:
+        rates, rows = asked._tuned(corpus, runner, asked._entrants(400))
+    assert rates == {"convex": 0.002, "gru": 0.002}
+    assert [row["loss"] for row in rows] == [math.inf, 0.004, 0.002, math.inf, 1.004, 1.002]
+
+
+def test_equal_time_counts_phase_1() -> None:
+    entrants = [quality.Entrant(name=name, model={}, phase1=None, num_seeds=1) for name in "ab"]
+    paces = {"a": (10.0, 2.0), "b": (0.0, 1.0)}
+    assert quality._equal_time(entrants, paces, 100) == {"a": 100, "b": 210}
+
+
+def test_mamba_reads_longer_segments_and_evaluates_dialogues_whole(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Quality(console=QUIET, out=Path("unused"))
+    given = {one.name: asked._arguments(one, 1e-3, 7, 0) for one in asked._entrants(400)}
+    tokens = {name: one["phase2"]["batch_size"] * one["sequence_length"]
+              for name, one in given.items()}  # fmt: skip
+    assert len(set(tokens.values())) == 1
+    assert given["mamba"]["sequence_length"] == 4 * given["lstm"]["sequence_length"]
+    read = []
+    (held_out,) = corpus.held_out.values()
+    model = build({"kind": "mamba", "embedding_width": 8, "width": 4, "mlp_width": 0}, 400)
+    forward = type(model).forward
+
+    def watched(self: Any, ids: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        read.append(tuple(ids.shape))
+        return forward(self, ids, *rest, **named)
+
+    monkeypatch.setattr(type(model), "forward", watched)
+    quality.score(model, held_out)
+    assert sorted(read) == sorted((1, int(n)) for n in np.diff(held_out.offsets))
+
+
+def test_a_trial_that_was_stopped_goes_on(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(quality, "PEERS", ("gru",))
+    asked = Quality(console=QUIET, out=tmp_path, width=16, num_seeds=1)
+    one = asked._entrants(corpus.vocab_size)[1]
+    given = asked._arguments(one, 4e-3, 6, 0)
+    given["phase2"]["checkpoint_seconds"] = 0.0
+    place: Any = {"folder": str(corpus.folder)}
+    wanted = quality.trained(**given, **place)
+    step, done = phase2._Training.take_step, []
+
+    def stopped(self: phase2._Training) -> dict[str, float]:
+        done.append(self.step)
+        if len(done) == 4:
+            raise RuntimeError
+        return step(self)
+
+    monkeypatch.setattr(phase2._Training, "take_step", stopped)
+    for attempt in range(2):
+        with Runner(console=QUIET, folder=tmp_path / "trials", num_workers=1) as runner:
+            try:
+                found = runner.run("one", quality.trained, [given], places=place,
+                                   unfinished=tmp_path / "unfinished")  # fmt: skip
+            except RuntimeError:
+                assert attempt == 0 and any((tmp_path / "unfinished").iterdir())
+                continue
+            assert done == [0, 1, 2, 3, 3, 4, 5]
+            assert found[0]["scores"] == wanted["scores"]
+    assert not any((tmp_path / "unfinished").iterdir())
 
 
 def _key(given: dict[str, object], kept: list[Path]) -> str:

@@ -156,6 +156,9 @@ class PeerConfig:
     """Attention heads, `gpt`."""
     window: int = 512
     """Positions that attention reaches, `gpt`."""
+    longest_timescale: float | None = 100.0
+    """Slowest unit's memory at the start, in tokens, `lstm`, `gru` and `mingru`; none leaves their
+    gates as is usual for them."""
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -163,6 +166,8 @@ class PeerConfig:
         for name in ("embedding_width", "width", "num_heads", "window"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         _require(self, "mlp_width", self.mlp_width >= 0, "at least 0")
+        slowest = self.longest_timescale
+        _require(self, "longest_timescale", slowest is None or 1.0 <= slowest <= 1e6, "in [1, 1e6]")
         if self.kind == "gpt":
             _require(self, "width", self.width == self.embedding_width, "embedding_width for gpt")
             _require(self, "num_heads", self.embedding_width % (2 * self.num_heads) == 0,

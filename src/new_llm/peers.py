@@ -5,6 +5,7 @@ the recurrence. Axes: `B` sequences, `T` positions, `E` width of the stream, `D`
 hands to the read-out, `P` pieces (a dialogue's part of a segment), `L` their longest.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
@@ -36,6 +37,15 @@ class Mixer(nn.Module, ABC):
         """Mix `[B, T, E]` along T; `starts` and `real` as in `LanguageModel.forward`."""
 
 
+def _kept(width: int, longest_timescale: float) -> Tensor:
+    """Return biases of gates that keep units for times from 1 token to the longest, as ours do.
+
+    Source: "Can recurrent neural networks warp time?" (arXiv:1804.11188), evenly in the logarithm.
+    """
+    timescale = torch.logspace(0.0, math.log10(longest_timescale), width)
+    return torch.logit(torch.exp(-1.0 / timescale))
+
+
 @final
 class GatedMixer(Mixer):
     """`nn.LSTM` or `nn.GRU`, begun anew at every dialogue.
@@ -44,15 +54,25 @@ class GatedMixer(Mixer):
     whichever sequence. (Packed sequences would do too, and take three times as long for the GRU.)
     """
 
-    def __init__(self, kind: str, embedding_width: int, width: int) -> None:
+    def __init__(
+        self, kind: str, embedding_width: int, width: int, longest_timescale: float | None
+    ) -> None:
         super().__init__()
         self.width = width
         layer = nn.LSTM if kind == "lstm" else nn.GRU
         self.layer: Any = layer(embedding_width, width)
         self.num_parts = 2 if kind == "lstm" else 1
-        if kind == "lstm":
-            # remembers from the start (Jozefowicz et al. 2015)
-            with torch.no_grad():
+        with torch.no_grad():
+            if longest_timescale is not None:
+                kept = _kept(width, longest_timescale)
+                self.layer.bias_ih_l0[width : 2 * width] = 0.0
+                # the GRU's middle gate is the share that is kept
+                self.layer.bias_hh_l0[width : 2 * width] = kept
+                if kind == "lstm":
+                    self.layer.bias_ih_l0[:width] = 0.0
+                    self.layer.bias_hh_l0[:width] = -kept
+            elif kind == "lstm":
+                # remembers from the start (Jozefowicz et al. 2015)
                 self.layer.bias_hh_l0[width : 2 * width] = 1.0
 
     def initial(self, batch: int) -> Tensor:
@@ -117,10 +137,13 @@ class MinGRUMixer(Mixer):
     Source: "Were RNNs all we needed?" (arXiv:2410.01201).
     """
 
-    def __init__(self, embedding_width: int, width: int) -> None:
+    def __init__(self, embedding_width: int, width: int, longest_timescale: float | None) -> None:
         super().__init__()
         self.width = width
         self.both = nn.Linear(embedding_width, 2 * width)
+        if longest_timescale is not None:
+            with torch.no_grad():
+                self.both.bias[width:] = -_kept(width, longest_timescale)
 
     def initial(self, batch: int) -> Tensor:
         """Return zeros, `[B, D]`."""
@@ -143,11 +166,11 @@ class MinGRUMixer(Mixer):
 class AttentionMixer(Mixer):
     """Causal attention within a dialogue, over the last `window` positions, rotary.
 
-    In training a segment is its own context. In evaluation keys and values of the window are
-    carried on, so that no position knows less than others.
+    Keys and values of the window are carried from segment to segment, without gradient, as contexts
+    of recurrent models are: no position knows less than others, in training neither.
 
     Source: RoFormer (arXiv:2104.09864); the carried window as in Transformer-XL
-    (arXiv:1901.02860), in evaluation only.
+    (arXiv:1901.02860).
     """
 
     def __init__(self, width: int, num_heads: int, window: int) -> None:
@@ -186,8 +209,6 @@ class AttentionMixer(Mixer):
             attn_mask=mask[:, None],
         )
         mixed = mixed.transpose(1, 2).flatten(2)
-        if self.training:
-            return mixed, carried
         still = (of == dialogue[:, -1:]) & known
         carried = torch.cat([keyed, still[..., None].to(keyed.dtype)], dim=-1)
         return mixed, carried[:, -self.window :]
@@ -244,9 +265,9 @@ def make_mixer(config: PeerConfig) -> Mixer:
     """
     width = config.embedding_width
     if config.kind in ("lstm", "gru"):
-        return GatedMixer(config.kind, width, config.width)
+        return GatedMixer(config.kind, width, config.width, config.longest_timescale)
     if config.kind == "mingru":
-        return MinGRUMixer(width, config.width)
+        return MinGRUMixer(width, config.width, config.longest_timescale)
     if config.kind == "gpt":
         return AttentionMixer(width, config.num_heads, config.window)
     return MambaMixer(width, config.width)

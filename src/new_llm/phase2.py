@@ -108,17 +108,19 @@ def make_optimisers(model: LanguageModel, config: Phase2Config) -> list[torch.op
     """
     embeddings = {id(model.embedding.weight), id(model.readout.weight)}
     chosen = {id(p) for p in trainable(model, freeze_context=config.freeze_context)}
-    matrices, tables, others = [], [], []
+    matrices, kernels, others = [], [], []
     for name, parameter in model.named_parameters():
         if id(parameter) not in chosen:
             continue
         if parameter.ndim < 2 or id(parameter) in embeddings:
             others.append(parameter)
-        # a table of numbers, such as the decays of Mamba, is no map from one space to another
-        elif parameter.ndim == 2 and name.rpartition(".")[2].startswith("weight"):
+        # a table of numbers, such as the rates of Mamba, is no map from one space to another
+        elif not name.rpartition(".")[2].startswith("weight"):
+            others.append(parameter)
+        elif parameter.ndim == 2:
             matrices.append(parameter)
         else:
-            tables.append(parameter)
+            kernels.append(parameter)
     decay, rate = config.weight_decay, config.learning_rate
     optimisers: list[torch.optim.Optimizer] = []
     if config.optimiser == "muon" and matrices:
@@ -126,7 +128,7 @@ def make_optimisers(model: LanguageModel, config: Phase2Config) -> list[torch.op
         optimisers.append(Muon(matrices, rate, weight_decay=decay, dtype=wide))
         matrices = []
     groups = [
-        {"params": [*matrices, *tables], "weight_decay": decay},
+        {"params": [*matrices, *kernels], "weight_decay": decay},
         {"params": others, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]

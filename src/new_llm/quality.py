@@ -4,6 +4,7 @@ A trial trains one model and scores it. Trials run side by side in processes of 
 kept, each with its exact config, in a folder from which tables are made again without training.
 """
 
+import math
 import os
 import statistics
 import tempfile
@@ -11,8 +12,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +36,7 @@ from .console import Console
 from .counts import KneserNey
 from .data import TokenStore, dialogue_hash, held_out_ids, is_held_out, write_store
 from .dialogues import DEFAULT_SOURCE, Messages, ReadReport, read_dialogues
-from .errors import CheckpointError, DataError
+from .errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from .evaluate import Evaluation, evaluate, rebuilt_gains, sequence_verdict, token_verdict
 from .files import read_object, sha256, understood, write_json
 from .model import LanguageModel, NewLLM, num_parameters
@@ -56,6 +59,8 @@ PAST_POSITIONS = 4000
 # about an hour on two cores
 LONG_TOKENS = 14_000_000
 _HELD_OUT_SHARE = 0.05
+# how much longer segments are for a model that carries nothing
+_LONGER = 4
 # steps of one turn of a timing, and turns
 _PACED_STEPS, _PACED_TURNS = 16, 5
 
@@ -220,6 +225,7 @@ def trained(
     past_positions: int = 0,
     threads: int = 1,
     kept: str | None = None,
+    checkpoint: str | None = None,
 ) -> Numbers:
     """Train a model and score it on every held-out part.
 
@@ -232,7 +238,8 @@ def trained(
         folder: of the corpus.
         past_positions: at which it is measured what the past is worth; 0 leaves that out.
         threads: of PyTorch; more than one is for a trial that runs alone.
-        kept: folder of an unfinished training, which goes on there, and of the model in the end.
+        kept: folder of an unfinished training, which goes on there; Phase 1 is done again.
+        checkpoint: where the model is saved in the end.
     """
     torch.set_num_threads(threads)
     corpus = Corpus.open(Path(folder))
@@ -245,7 +252,6 @@ def trained(
     settled = time.perf_counter()
     torch.manual_seed(seed + 1)
     second = from_dict(Phase2Config, phase2)
-    # without `kept` begun anew where it was interrupted: its seconds count
     with tempfile.TemporaryDirectory(prefix="new-llm-") as place:
         known = _cached(made, corpus, second, Path(place) / "cache")
         cached = time.perf_counter()
@@ -253,8 +259,8 @@ def trained(
         done = _predict(made, corpus, known, second, first, sequence_length, seed, training)
     ended = time.perf_counter()
     made.eval()
-    if kept is not None and isinstance(made, NewLLM):
-        save_checkpoint(Path(kept) / "checkpoint", made, corpus.tokenizer())
+    if checkpoint is not None and isinstance(made, NewLLM):
+        save_checkpoint(Path(checkpoint), made, corpus.tokenizer())
     total = num_parameters(made)
     return {
         "parameters": total,
@@ -262,6 +268,8 @@ def trained(
         "tokens_seen": done.tokens_seen,
         "num_steps": done.num_steps,
         "threads": threads,
+        "torch": torch.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
         "seconds_phase1": settled - begun,
         "seconds_cache": cached - settled,
         "seconds": ended - cached,
@@ -271,8 +279,16 @@ def trained(
     }
 
 
+def tried(**given: Any) -> Numbers:
+    """Return what `trained` gives, or that its numbers became NaN or infinite."""
+    try:
+        return trained(**given)
+    except NonFiniteError as error:
+        return {"diverged": str(error)}
+
+
 def paced(*, asked: list[Numbers], folder: str) -> Numbers:
-    """Return the seconds that a training step takes, for models that take turns.
+    """Return the seconds of Phase 1 and of a training step, for models that take turns.
 
     Args:
         asked: arguments of `trained` for each, without `folder`; their steps are one turn's.
@@ -281,6 +297,12 @@ def paced(*, asked: list[Numbers], folder: str) -> Numbers:
     corpus = Corpus.open(Path(folder))
     models = [build(given["model"], corpus.vocab_size) for given in asked]
     seconds: list[list[float]] = [[] for _ in asked]
+    before = []
+    for given, model in zip(asked, models, strict=True):
+        begun = time.perf_counter()
+        if given["phase1"] is not None and isinstance(model, NewLLM):
+            _settle(model, corpus, from_dict(Phase1Config, given["phase1"]), given["seed"])
+        before.append(time.perf_counter() - begun)
     for turn in range(_PACED_TURNS + 1):
         for given, model, found in zip(asked, models, seconds, strict=True):
             config = from_dict(Phase2Config, given["phase2"])
@@ -292,7 +314,7 @@ def paced(*, asked: list[Numbers], folder: str) -> Numbers:
                 )  # fmt: skip
                 if turn:  # the first one warms up
                     found.append((time.perf_counter() - begun) / done.num_steps)
-    return {"seconds": [statistics.median(found) for found in seconds]}
+    return {"phase1": before, "step": [statistics.median(found) for found in seconds]}
 
 
 def _rebuilt(model: LanguageModel, corpus: Corpus, num_positions: int) -> Numbers | None:
@@ -374,9 +396,11 @@ def _predict(
 
 
 def score(model: LanguageModel, store: TokenStore) -> Evaluation:
-    """Evaluate a model; one that carries nothing reads dialogues whole."""
-    whole = isinstance(model, Peer) and model.config.kind == "mamba"
-    return evaluate(model, store, segment_length=None if whole else 512)
+    """Evaluate a model; one that carries nothing reads dialogues whole, each by itself."""
+    if isinstance(model, Peer) and model.config.kind == "mamba":
+        # its scan holds a state of every position
+        return evaluate(model, store, batch_size=1, segment_length=None)
+    return evaluate(model, store, segment_length=512)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -408,6 +432,11 @@ class Quality:
 
     def run(self) -> list[Numbers]:
         """Train what is not kept yet; return the rows of all tables."""
+        if "mamba" in PEERS and find_spec("mambapy") is None:
+            raise ConfigError(
+                "the package mambapy expected, without which the Mamba row takes ten times as "
+                "long; pip install 'new-llm[bench]'"
+            )
         with opened(self.out, self.data, console=self.console, num_workers=self.num_workers) as (
             corpus,
             runner,
@@ -416,38 +445,43 @@ class Quality:
 
     def _tables(self, corpus: Corpus, runner: Runner) -> list[Numbers]:
         entrants = self._entrants(corpus.vocab_size)
-        rates, tuning = self._tuned(corpus, runner, entrants)
+        rates: dict[str, float] = {}
+        tuning: list[Numbers] = []
+        trained_on: dict[str, list[Numbers]] = {}
+        # the slowest last: what is kept before it is a comparison too
+        for group in ([one for one in entrants if one.name != "mamba"],
+                      [one for one in entrants if one.name == "mamba"]):  # fmt: skip
+            found, rows = self._tuned(corpus, runner, group)
+            rates |= found
+            tuning += rows
+            steps = dict.fromkeys(rates, num_steps(self.tokens))
+            trained_on |= self._trained(corpus, runner, group, rates, steps)
+        paces = self._paces(corpus, runner, entrants)
+        steps = _equal_time(entrants, paces, num_steps(self.tokens))
+        timed = self._trained(corpus, runner, entrants, rates, steps)
         rows = [*tuning, *counted(corpus)]
-        tokens = self._trained(
-            corpus, runner,
-            [(one, rates[one.name], num_steps(self.tokens)) for one in entrants],
-        )  # fmt: skip
-        rows += [_row("tokens", one, rates[one.name], found, corpus)
-                 for one, found in zip(entrants, tokens, strict=True)]  # fmt: skip
-        steps = self._equal_time(corpus, runner, entrants, tokens[0])
-        timed = self._trained(
-            corpus, runner,
-            [(one, rates[one.name], count) for one, count in zip(entrants, steps, strict=True)],
-        )  # fmt: skip
-        rows += [_row("time", one, rates[one.name], found, corpus)
-                 for one, found in zip(entrants, timed, strict=True)]  # fmt: skip
-        for one, found in zip(entrants, tokens, strict=True):
-            rows += _remembered(one.name, found[0]["rebuilt"])
+        for table, numbers in (("tokens", trained_on), ("time", timed)):
+            ours = numbers[entrants[0].name]
+            for one in entrants:
+                row = _row(table, one, rates[one.name], numbers[one.name], corpus)
+                count = numbers[one.name][0]["num_steps"]
+                row["seconds"] = paces[one.name][0] + count * paces[one.name][1]
+                rows.append(row | _apart(numbers[one.name], ours))
+        for one in entrants:
+            rows += _remembered(one.name, trained_on[one.name][0]["rebuilt"])
         return rows
 
-    def _equal_time(
-        self, corpus: Corpus, runner: Runner, entrants: list[Entrant], ours: list[Numbers]
-    ) -> list[int]:
-        """Return how many steps each may take in the time that ours takes, Phase 1 included."""
+    def _paces(
+        self, corpus: Corpus, runner: Runner, entrants: list[Entrant]
+    ) -> dict[str, tuple[float, float]]:
+        """Return each model's seconds of Phase 1 and of a step."""
         # trials share the machine with others: what a step takes is measured apart, in turns
         asked = [self._arguments(one, self.learning_rates[0], _PACED_STEPS, 0) for one in entrants]
         (paces,) = runner.run(
             "seconds a step", paced, [{"asked": asked}], places={"folder": str(corpus.folder)}
         )
-        seconds = paces["seconds"]
-        before = statistics.median(n["seconds_phase1"] / n["seconds"] for n in ours)
-        allowed = num_steps(self.tokens) * (1.0 + before) * seconds[0]
-        return [num_steps(self.tokens), *(round(allowed / pace) for pace in seconds[1:])]
+        both = zip(paces["phase1"], paces["step"], strict=True)
+        return {one.name: pair for one, pair in zip(entrants, both, strict=True)}
 
     def _entrants(self, vocab_size: int) -> list[Entrant]:
         """Return ours and its peers, all with equally many parameters."""
@@ -490,15 +524,20 @@ class Quality:
         config = preset("convex")
         training = replace(
             config.phase2, learning_rate=learning_rate, max_steps=steps, min_steps=steps,
-            engine="scan",
+            engine="scan", muon_precision="float32",  # on every CPU the same
         )  # fmt: skip
+        length = config.data.sequence_length
         if one.phase1 is None:
             training = replace(training, contractive=0.0, contractive_every=1, pair_hinge=0.0)
+        if one.name == "mamba":
+            # carries nothing from segment to segment: the same tokens in fewer, longer ones
+            few = max(1, training.batch_size // _LONGER)
+            training, length = replace(training, batch_size=few), length * _LONGER
         return {
             "model": one.model,
             "phase1": one.phase1,
             "phase2": to_dict(training),
-            "sequence_length": config.data.sequence_length,
+            "sequence_length": length,
             "seed": seed,
         }
 
@@ -510,11 +549,15 @@ class Quality:
         asked = [(one, rate) for one in entrants for rate in self.learning_rates]
         found = runner.run(
             "learning rates",
-            trained,
+            tried,
             [self._arguments(one, rate, steps, 0) for one, rate in asked],
             places={"folder": str(corpus.folder)},
+            unfinished=self.out / "unfinished",
         )  # fmt: skip
-        losses = [mixed_loss(numbers["scores"]) for numbers in found]
+        losses = [
+            math.inf if "diverged" in numbers else mixed_loss(numbers["scores"])
+            for numbers in found
+        ]
         rates = {
             one.name: min(
                 (loss, rate)
@@ -531,27 +574,54 @@ class Quality:
         return rates, rows
 
     def _trained(
-        self, corpus: Corpus, runner: Runner, asked: list[tuple[Entrant, float, int]]
-    ) -> list[list[Numbers]]:
-        """Train each with every seed."""
-        arguments = [
-            [
-                self._arguments(one, rate, steps, seed)
-                | ({} if seed else {"past_positions": PAST_POSITIONS})
-                for seed in range(one.num_seeds)
-            ]
-            for one, rate, steps in asked
+        self,
+        corpus: Corpus,
+        runner: Runner,
+        entrants: list[Entrant],
+        rates: dict[str, float],
+        steps: dict[str, int],
+    ) -> dict[str, list[Numbers]]:
+        """Train each with every seed, seed by seed."""
+        asked = [
+            (one, seed)
+            for seed in range(max((one.num_seeds for one in entrants), default=0))
+            for one in entrants
+            if seed < one.num_seeds
         ]
-        found = iter(
-            runner.run(
-                "models",
-                trained,
-                [given for group in arguments for given in group],
-                cost=lambda given: given["phase2"]["max_steps"],
-                places={"folder": str(corpus.folder)},
-            )
+        found = runner.run(
+            "models",
+            trained,
+            [
+                self._arguments(one, rates[one.name], steps[one.name], seed)
+                | ({} if seed else {"past_positions": PAST_POSITIONS})
+                for one, seed in asked
+            ],
+            places={"folder": str(corpus.folder)},
+            unfinished=self.out / "unfinished",
         )
-        return [[next(found) for _ in group] for group in arguments]
+        numbers: dict[str, list[Numbers]] = {one.name: [] for one in entrants}
+        for (one, _), each in zip(asked, found, strict=True):
+            numbers[one.name].append(each)
+        return numbers
+
+
+def _equal_time(
+    entrants: list[Entrant], paces: dict[str, tuple[float, float]], count: int
+) -> dict[str, int]:
+    """Return how many steps each may take in the time that ours takes, Phase 1 included."""
+    ours = entrants[0].name
+    allowed = paces[ours][0] + count * paces[ours][1]
+    return {name: count if name == ours else round(allowed / paces[name][1]) for name in paces}
+
+
+def _apart(found: list[Numbers], ours: list[Numbers]) -> Numbers:
+    """Return how far a model is above ours, seed by seed: the mean and its standard deviation."""
+    apart = [
+        mixed_loss(one["scores"]) - mixed_loss(other["scores"])
+        for one, other in zip(found, ours, strict=False)
+    ]
+    spread = statistics.stdev(apart) if len(apart) > 1 else None
+    return {"above ours": statistics.fmean(apart), "its spread": spread}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -579,6 +649,7 @@ class Long:
         }
         with opened(self.out, self.data, console=self.console, num_workers=1) as (corpus, runner):
             places = {"folder": str(corpus.folder), "kept": str(self.out / "long"),
+                      "checkpoint": str(self.out / "long" / "checkpoint"),
                       "threads": threads}  # fmt: skip
             found = runner.run("a long training", trained, [given], places=places)
             ours = Entrant(name="convex", model=given["model"], phase1=given["phase1"], num_seeds=1)

@@ -17,7 +17,7 @@ import torch
 from .config import fingerprint
 from .console import Console
 from .errors import StoppedError
-from .files import read_sealed, write_sealed
+from .files import read_sealed, remove_folder, write_sealed
 
 # of the result of a trial
 FORMAT_VERSION = 1
@@ -69,6 +69,7 @@ class Runner:
         cost: Callable[[dict[str, Any]], float] = lambda given: 1.0,
         *,
         places: dict[str, Any] | None = None,
+        unfinished: Path | None = None,
     ) -> list[Numbers]:
         """Return what a trial gives for each of many arguments, in their order.
 
@@ -78,6 +79,8 @@ class Runner:
             arguments: its keyword arguments, JSON values.
             cost: work of arguments, in any unit; the most work begins first.
             places: further arguments that do not decide the numbers, such as folders and threads.
+            unfinished: where each trial may keep its state, in a folder that is its argument `kept`
+                and is taken away once the trial is done.
 
         Raises:
             StoppedError: a process was killed, or a loss became NaN.
@@ -92,12 +95,17 @@ class Runner:
         with self.console.track(title, sum(map(cost, arguments))) as advance:
             advance(sum(cost(given) for given in arguments) - sum(map(cost, left.values())))
             given_all = {key: left[key] | (places or {}) for key in order}
+            if unfinished is not None:
+                for key, given in given_all.items():
+                    given["kept"] = str(unfinished / key)
             for key, numbers in self._computed(trial, given_all):
                 self._known[key] = numbers
                 if self.folder is not None:
                     self.folder.mkdir(parents=True, exist_ok=True)
                     record = {"trial": trial.__name__, "arguments": left[key], "numbers": numbers}
                     write_sealed(self.folder / f"{key}.json", record, version=FORMAT_VERSION)
+                if unfinished is not None:
+                    remove_folder(unfinished / key)
                 advance(cost(left[key]))
         return [self._known[key] for key in keys]
 
