@@ -10,7 +10,8 @@ from new_llm import ablations, quality
 from new_llm.ablations import Ablations
 from new_llm.config import ModelConfig, Phase2Config, from_dict, preset
 from new_llm.console import Console
-from new_llm.quality import prepare_corpus
+from new_llm.model import num_parameters
+from new_llm.quality import build, prepare_corpus
 from new_llm.runner import Runner
 
 CHOSEN = ("default", "frozen after Phase 1", "one block, token scope", "0")
@@ -18,12 +19,20 @@ CHOSEN = ("default", "frozen after Phase 1", "one block, token scope", "0")
 
 def test_each_row_changes_the_default_in_what_it_names() -> None:
     config = preset("convex")
-    rows = {(one.table, one.name): one.arguments(config, 10, 0) for one in ablations.ablations()}
+    rows = {(one.table, one.name): one.arguments(config, 10, 0, 4096)
+            for one in ablations.ablations()}  # fmt: skip
     assert rows["phases", "no Phase 1"]["phase1"] is None
     assert rows["phases", "Phase 1 by `residual`"]["phase1"]["objective"] == "residual"
     limits = [given["model"]["coupling_limit"] for (table, _), given in rows.items()
               if table == "coupling"]  # fmt: skip
-    assert limits == [0.0, 0.25, 0.5, 1.0, 2.0, 100.0]
+    assert limits == [0.0, 0.25, 0.5, 1.0, 2.0, 100.0, 0.0]
+    # two blocks, each with a matrix from the context and one for the token's share of it
+    idle = 2 * (256 * 256 + 257 * 256)
+    bare, full = (
+        num_parameters(build(rows["coupling", name]["model"], 4096))
+        for name in ("0", "0, its idle weights given to the MLPs")
+    )
+    assert abs(full - bare - idle) < 2000
     default = rows["phases", "default"]
     assert default["phase2"]["max_steps"] == default["phase2"]["min_steps"] == 10
     for given in rows.values():

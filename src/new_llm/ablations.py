@@ -6,9 +6,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .config import RunConfig, preset, to_dict
 from .console import Console
-from .quality import Corpus, mixed_loss, num_steps, opened, trained
+from .model import num_parameters
+from .quality import Corpus, build, matched, mixed_loss, num_steps, opened, trained
 from .runner import Numbers
 
 LIMITS = (0.0, 0.25, 0.5, 1.0, 2.0)
@@ -28,14 +31,17 @@ class Ablation:
     """Changed fields of Phase 1; None goes without it."""
     phase2: dict[str, Any] = field(default_factory=dict)
     """Changed fields of Phase 2."""
+    filled: bool = False
+    """Whether the MLPs get as many weights as the coupling leaves idle."""
 
-    def arguments(self, config: RunConfig, steps: int, seed: int) -> Numbers:
+    def arguments(self, config: RunConfig, steps: int, seed: int, vocab_size: int) -> Numbers:
         """Return what `trained` is given."""
+        model = to_dict(replace(config.model, **self.model))
         # as in the comparison with peers
         length = {"max_steps": steps, "min_steps": steps}
         first = None if self.phase1 is None else replace(config.phase1, **self.phase1)
         return {
-            "model": to_dict(replace(config.model, **self.model)),
+            "model": filled(model, vocab_size) if self.filled else model,
             "phase1": None if first is None else to_dict(first),
             "phase2": to_dict(replace(config.phase2, **length, **self.phase2)),
             "sequence_length": config.data.sequence_length,
@@ -68,6 +74,29 @@ def ablations() -> Iterator[Ablation]:
     for limit in (*LIMITS, _NO_LIMIT):
         name = "none" if limit == _NO_LIMIT else f"{limit:g}"
         yield Ablation(table="coupling", name=name, model={"coupling_limit": limit})
+    yield Ablation(
+        table="coupling", name="0, its idle weights given to the MLPs",
+        model={"coupling_limit": 0.0}, filled=True,
+    )  # fmt: skip
+    # Phase 1, and what Phase 2 keeps of it, hold contraction where no limit does
+    for limit in (*LIMITS[2:], _NO_LIMIT):
+        name = "none" if limit == _NO_LIMIT else f"{limit:g}"
+        yield Ablation(
+            table="coupling without Phase 1", name=name, model={"coupling_limit": limit},
+            phase1=None, phase2={"contractive": 0.0},
+        )  # fmt: skip
+
+
+def filled(model: Numbers, vocab_size: int) -> Numbers:
+    """Return a shape whose MLPs have got the weights that no coupling leaves idle."""
+    with torch.device("meta"):
+        made = build(model, vocab_size)
+    idle = sum(
+        parameter.numel()
+        for name, parameter in made.named_parameters()
+        if "from_context" in name or "to_share" in name
+    )
+    return matched(model, num_parameters(made) + idle, vocab_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +122,10 @@ class Ablations:
                 runner.run(
                     "ablations",
                     trained,
-                    [one.arguments(config, steps, seed)
+                    [one.arguments(config, steps, seed, corpus.vocab_size)
                      for one in asked for seed in range(self.num_seeds)],
                     places={"folder": str(corpus.folder)},
+                    unfinished=self.out / "unfinished",
                 )
             )  # fmt: skip
             return [

@@ -282,7 +282,10 @@ class LongMemory:
             wanted = num_parameters(build(found["convex"], vocab_size))
         for kind in PEERS:
             carried = 16 if kind == "mamba" else self.width
-            bare = to_dict(PeerConfig(kind=kind, embedding_width=self.width, width=carried))
+            # gates that keep for long from the start do not learn parity
+            shaped = PeerConfig(kind=kind, embedding_width=self.width, width=carried,
+                                longest_timescale=None)  # fmt: skip
+            bare = to_dict(shaped)
             found[kind] = matched(bare, wanted, vocab_size)
         return found
 
