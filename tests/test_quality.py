@@ -218,6 +218,20 @@ def test_mamba_reads_longer_segments_and_evaluates_dialogues_whole(
     assert sorted(read) == sorted((1, int(n)) for n in np.diff(held_out.offsets))
 
 
+def stopped_at_the_fourth_step(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let a training die once; return the list that each step it takes is added to."""
+    step, done = phase2._Training.take_step, []
+
+    def stopped(self: phase2._Training) -> dict[str, float]:
+        done.append(self.step)
+        if len(done) == 4:
+            raise RuntimeError
+        return step(self)
+
+    monkeypatch.setattr(phase2._Training, "take_step", stopped)
+    return done
+
+
 def test_a_trial_that_was_stopped_goes_on(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -228,15 +242,7 @@ def test_a_trial_that_was_stopped_goes_on(
     given["phase2"]["checkpoint_seconds"] = 0.0
     place: Any = {"folder": str(corpus.folder)}
     wanted = quality.trained(**given, **place)
-    step, done = phase2._Training.take_step, []
-
-    def stopped(self: phase2._Training) -> dict[str, float]:
-        done.append(self.step)
-        if len(done) == 4:
-            raise RuntimeError
-        return step(self)
-
-    monkeypatch.setattr(phase2._Training, "take_step", stopped)
+    done = stopped_at_the_fourth_step(monkeypatch)
     for attempt in range(2):
         with Runner(console=QUIET, folder=tmp_path / "trials", num_workers=1) as runner:
             try:
@@ -267,18 +273,10 @@ def test_a_long_training_goes_on_and_leaves_its_model(
     narrow = replace(small.model, context_width=16, embedding_width=16, hidden_width=16)
     small = replace(small, model=narrow, phase1=replace(small.phase1, max_steps=3))
     monkeypatch.setattr(quality, "preset", lambda name: small)
-    step, done = phase2._Training.take_step, []
-
-    def stopped(self: phase2._Training) -> dict[str, float]:
-        done.append(self.step)
-        if len(done) == 4:
-            raise RuntimeError
-        return step(self)
-
     # every step is saved, since a minute has always passed
     ticks = counting(step=100)
     monkeypatch.setattr(resume.time, "monotonic", lambda: float(next(ticks)))
-    monkeypatch.setattr(phase2._Training, "take_step", stopped)
+    done = stopped_at_the_fourth_step(monkeypatch)
     asked = Long(console=QUIET, out=tmp_path, tokens=6 * 2048)
     with pytest.raises(RuntimeError):
         asked.run()
