@@ -110,6 +110,8 @@ class Ablations:
     tokens: int = 1_000_000
     num_seeds: int = 3
     num_workers: int | None = None
+    device: str = "cpu"
+    """Where models are trained and scored."""
 
     def run(self) -> list[Numbers]:
         """Train what is not kept yet; return the rows."""
@@ -124,7 +126,7 @@ class Ablations:
                     trained,
                     [one.arguments(config, steps, seed, corpus.vocab_size)
                      for one in asked for seed in range(self.num_seeds)],
-                    places={"folder": str(corpus.folder)},
+                    places={"folder": str(corpus.folder), "device": self.device},
                     unfinished=self.out / "unfinished",
                 )
             )  # fmt: skip

@@ -39,6 +39,7 @@ def quality(bench: Bench) -> Rows:
         data=_corpus("quality", bench),
         width=bench.width,
         num_workers=bench.num_workers,
+        device=bench.device,
     )
     if bench.width == WIDTH:
         asked = replace(asked, parameters=PARAMETERS)
@@ -60,6 +61,7 @@ def ablations(bench: Bench) -> Rows:
         out=_folder("ablations", bench),
         data=_corpus("ablations", bench),
         num_workers=bench.num_workers,
+        device=bench.device,
     )
     return (asked if bench.tokens is None else replace(asked, tokens=bench.tokens)).run()
 
@@ -67,7 +69,10 @@ def ablations(bench: Bench) -> Rows:
 def tasks(bench: Bench) -> Rows:
     """Train ours and its peers on tasks that ask for the distant past; hours."""
     return LongMemory(
-        console=bench.console, out=_folder("tasks", bench), num_workers=bench.num_workers
+        console=bench.console,
+        out=_folder("tasks", bench),
+        num_workers=bench.num_workers,
+        device=bench.device,
     ).run()
 
 

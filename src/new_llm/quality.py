@@ -224,6 +224,7 @@ def trained(
     folder: str,
     past_positions: int = 0,
     threads: int = 1,
+    device: str = "cpu",
     kept: str | None = None,
     checkpoint: str | None = None,
 ) -> Numbers:
@@ -238,13 +239,17 @@ def trained(
         folder: of the corpus.
         past_positions: at which it is measured what the past is worth; 0 leaves that out.
         threads: of PyTorch; more than one is for a trial that runs alone.
+        device: of PyTorch; products are of float32 on all.
         kept: folder of an unfinished training, which goes on there; Phase 1 is done again.
         checkpoint: where the model is saved in the end.
     """
     torch.set_num_threads(threads)
     corpus = Corpus.open(Path(folder))
     torch.manual_seed(seed)
-    made = build(model, corpus.vocab_size)
+    # cuDNN would take the products of LSTM and GRU in a narrower format
+    torch.backends.cudnn.allow_tf32 = False
+    # the same weights on every device
+    made = build(model, corpus.vocab_size).to(device)
     first = Phase1Config() if phase1 is None else from_dict(Phase1Config, phase1)
     begun = time.perf_counter()
     if phase1 is not None and isinstance(made, NewLLM):
@@ -269,7 +274,7 @@ def trained(
         "num_steps": done.num_steps,
         "threads": threads,
         "torch": torch.__version__,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "device": _name(device),
         "seconds_phase1": settled - begun,
         "seconds_cache": cached - settled,
         "seconds": ended - cached,
@@ -277,6 +282,13 @@ def trained(
         "rebuilt": _rebuilt(made, corpus, past_positions) if past_positions else None,
         "doctor": _judged(made, corpus) if isinstance(made, NewLLM) else None,
     }
+
+
+def _name(device: str) -> str:
+    """Return what a device is: instructions of the CPU, or which GPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU with {torch.backends.cpu.get_cpu_capability()}"
 
 
 def tried(**given: Any) -> Numbers:
@@ -345,6 +357,7 @@ def _settle(model: NewLLM, corpus: Corpus, config: Phase1Config, seed: int) -> N
     counts = corpus.train.token_counts(model.vocab_size)
     held_out = held_out_ids(model.vocab_size, model.config.context_width)
     ids = torch.from_numpy(np.setdiff1d(np.flatnonzero(counts), held_out))
+    ids = ids.to(model.embedding.weight.device)
     quiet = Console(quiet=True)
     train_phase1(model, ids, [], config, seed=seed, console=quiet, log=lambda row: None)
 
@@ -429,6 +442,8 @@ class Quality:
     parameters: int | None = None
     """Of every model; None is as many as the default has."""
     num_workers: int | None = None
+    device: str = "cpu"
+    """Where models are trained and scored; what a step takes is measured on the CPU."""
 
     def run(self) -> list[Numbers]:
         """Train what is not kept yet; return the rows of all tables."""
@@ -551,7 +566,7 @@ class Quality:
             "learning rates",
             tried,
             [self._arguments(one, rate, steps, 0) for one, rate in asked],
-            places={"folder": str(corpus.folder)},
+            places={"folder": str(corpus.folder), "device": self.device},
             unfinished=self.out / "unfinished",
         )  # fmt: skip
         losses = [
@@ -596,7 +611,7 @@ class Quality:
                 | ({} if seed else {"past_positions": PAST_POSITIONS})
                 for one, seed in asked
             ],
-            places={"folder": str(corpus.folder)},
+            places={"folder": str(corpus.folder), "device": self.device},
             unfinished=self.out / "unfinished",
         )
         numbers: dict[str, list[Numbers]] = {one.name: [] for one in entrants}

@@ -45,6 +45,14 @@ class Examples:
     distance: Tensor
     """How far back the answer stands, or how long the text is that decides it, `[B, T]`."""
 
+    def to(self, device: torch.device | str) -> "Examples":
+        """Return them on another device."""
+        return Examples(
+            ids=self.ids.to(device),
+            targets=self.targets.to(device),
+            distance=self.distance.to(device),
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
@@ -134,32 +142,36 @@ TASKS: dict[str, Task] = {
 }
 
 
-def solved(*, task: str, model: Numbers, training: Numbers, seed: int) -> Numbers:
+def solved(
+    *, task: str, model: Numbers, training: Numbers, seed: int, device: str = "cpu"
+) -> Numbers:
     """Train a model on a task; return the share of right answers by distance.
 
     Args:
         task: of `TASKS`.
         model: fields of `ModelConfig` or `PeerConfig`.
         training: fields of `Phase2Config`, of which steps, batch and optimiser count.
-        seed: of weights and texts.
+        seed: of weights and texts, which are drawn on the CPU.
+        device: of PyTorch.
 
     Raises:
         NonFiniteError: the loss became NaN.
     """
     chosen, config = TASKS[task], Phase2Config(**training)
     torch.manual_seed(seed)
-    made = build(model, chosen.vocab_size)
+    torch.backends.cudnn.allow_tf32 = False
+    made = build(model, chosen.vocab_size).to(device)
     generator = torch.Generator().manual_seed(seed)
     optimisers, num_steps = make_optimisers(made, config), config.max_steps or 1
     for step in range(num_steps):
         length = int(torch.randint(_SHORTEST, TRAINED + 1, (), generator=generator))
-        examples = chosen.draw(length, config.batch_size, generator)
+        examples = chosen.draw(length, config.batch_size, generator).to(device)
         for optimiser in optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, num_steps, config)
         asked = examples.targets >= 0
         features = made(examples.ids).features[asked]
-        weights = torch.full((len(features),), 1.0 / len(features))
+        weights = torch.full((len(features),), 1.0 / len(features), device=device)
         loss = token_losses(
             features, made.readout.weight, examples.targets[asked], weights, chunk=config.loss_chunk
         ).loss
@@ -188,7 +200,7 @@ def by_distance(
     shares, edge = {}, 8
     while edge <= longest:
         # the last of a text of this length: an answer behind noise, or after a long text
-        examples = task.draw(edge, batch, generator)
+        examples = task.draw(edge, batch, generator).to(model.embedding.weight.device)
         far = (examples.targets >= 0) & (examples.distance > edge // 2)
         features = model(examples.ids).features[far]
         said = (features @ model.readout.weight.T).argmax(dim=-1)
@@ -222,6 +234,7 @@ class LongMemory:
     width: int = 64
     learning_rates: tuple[float, ...] = (1e-3, 4e-3)
     num_workers: int | None = None
+    device: str = "cpu"
 
     def run(self) -> list[Numbers]:
         """Train what is not kept yet; return a row a task and model."""
@@ -239,6 +252,7 @@ class LongMemory:
                     solved,
                     [self._arguments(task, models[task][name], rate, seed)
                      for task, name, rate, seed in asked],
+                    places={"device": self.device},
                 )  # fmt: skip
 
             # a first seed chooses the learning rate of each, all seeds are trained with it
