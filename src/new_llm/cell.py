@@ -15,6 +15,8 @@ from torch import Tensor, nn
 # sup |phi'|: SiLU at x = 2.3994, GELU at x = sqrt(2), tanh at 0; rounded up
 LIPSCHITZ = {"silu": 1.0999, "gelu": 1.1290, "tanh": 1.0}
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "tanh": torch.tanh}
+# of numbers of ConvexCell's delta, and so of its contexts; in trained models the largest has half
+BOUND = 16.0
 # larger limits only bound the training; a larger start was measured to be worse
 LARGEST_INITIAL_COUPLING = 0.95
 # singular directions that training follows: one alone is lost when another overtakes it
@@ -270,14 +272,15 @@ class LayerwiseCell(SeedCell):
 class ConvexCell(ContextCell):
     """A true convex combination: `f(c, x) = forget * c + (1 - forget) * delta(c, x)`.
 
-    `forget` depends on the token alone; `delta = tanh(W_d phi(W_x x + g * (W_c c)) + b_d)`, where
-    `g = tanh(W_g x + b_g)` is what the token lets each hidden unit read of the context, and with
-    which sign. The coupling `q2 = Lip(phi) * norm2(W_d) * norm2(W_c)` is kept under
-    `coupling_limit` by scaling both matrices; `|g| < 1` can only lower it. With `q2 < 1` the fixed
-    point of a token exists, is unique, does not depend on `forget`, and iterating `delta` finds it
-    at rate `q2` (Banach). No norm touches the carried context: it would multiply the Jacobian and
-    undo the damping. `certified` keeps the larger of `q2` and `q_inf` under the limit, which proves
-    that gate-scan contracts too; it is far stricter.
+    `forget` depends on the token alone; `delta = W_d phi(W_x x + g * (W_c c)) + b_d`, where `g =
+    tanh(W_g x + b_g)` is what the token lets each hidden unit read of the context, and with which
+    sign. Numbers of `delta` are cut at `BOUND`, which trained models hardly meet: contexts stay in
+    [-BOUND, BOUND], whatever is read. The coupling `q2 = Lip(phi) * norm2(W_d) * norm2(W_c)` is
+    kept under `coupling_limit` by scaling both matrices; `|g| < 1` can only lower it. With `q2 < 1`
+    the fixed point of a token exists, is unique, does not depend on `forget`, and iterating `delta`
+    finds it at rate `q2` (Banach). No norm touches the carried context: it would multiply the
+    Jacobian and undo the damping. `certified` keeps the larger of `q2` and `q_inf` under the limit,
+    which proves that gate-scan contracts too; it is far stricter.
 
     Source: gates from the token alone, minGRU (arXiv:2410.01201); token and context multiplied
     (arXiv:1606.06630); spectral parametrisation by
@@ -431,7 +434,8 @@ class ConvexCell(ContextCell):
         from_context, to_delta, bias = weights
         token_part, share, _ = self.parts(projected)
         preactivation = torch.addcmul(token_part, share, F.linear(context, from_context))
-        return torch.tanh(F.linear(ACTIVATIONS[self.activation](preactivation), to_delta, bias))
+        delta = F.linear(ACTIVATIONS[self.activation](preactivation), to_delta, bias)
+        return delta.clamp(-BOUND, BOUND)
 
     def forget_gates(self, context: Tensor, projected: Tensor, weights: Weights) -> Tensor:
         """Return the forget gate, which the token alone decides, `[..., 1, C]`."""

@@ -42,7 +42,7 @@ from .model import LanguageModel, NewLLM, num_parameters
 from .stepper import Steppers
 from .watch import first_bad
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 # of a context that is kept in a file
 CONTEXT_VERSION = "1"
 WEIGHTS = "model.safetensors"

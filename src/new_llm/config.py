@@ -348,7 +348,7 @@ class Phase2Config:
     """Largest gradient norm."""
     pair_hinge: float = 0.0
     """Weight of the contraction hinge on pairs of contexts, kept from Phase 1."""
-    contractive: float = 0.02
+    contractive: float = 0.0
     """Weight of Phase 1's `contractive` objective, kept on a sample of single tokens."""
     contractive_every: int = 4
     """Steps between two of its samples, each of which weighs as much more; blocks take turns."""

@@ -581,7 +581,7 @@ def spread_terms(contexts: Tensor, size: float) -> tuple[Tensor, Tensor]:
 
 
 def _context_size(cell: ContextCell) -> float:
-    return 0.5 if cell.separates_gate else 1.0  # tanh reaches 1, a layer norm has RMS 1
+    return 0.5 if cell.separates_gate else 1.0  # about what cells have at the start
 
 
 def _ratio(moved: Tensor, other_moved: Tensor, context: Tensor, other: Tensor) -> Tensor:

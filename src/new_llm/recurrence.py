@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .cell import ContextCell, ConvexCell, Weights
+from .cell import BOUND, ContextCell, ConvexCell, Weights
 from .errors import NonFiniteError
 from .fixed_point import measure
-from .scan import activated, convex_gradients, scan_projected
+from .scan import activated, convex_gradients, delta_share, scan_projected
 
 Engine = Literal["scan", "gate-scan", "jacobi"]
 
@@ -612,8 +612,8 @@ class _GatePull:
         )
         # of `W_c c` rather than of the preactivation
         self.read_slope = self.slope * self.share
-        self.delta = torch.tanh(F.linear(self.hidden, to_delta, bias))
-        self.reach = (1.0 - self.forget) * (1.0 - self.delta.square())
+        self.delta = F.linear(self.hidden, to_delta, bias).clamp_(-BOUND, BOUND)
+        self.reach = delta_share(self.forget, self.delta)
 
     def through(self, total: Tensor, part: slice) -> Tensor:
         """Return what the contexts before some positions get by way of `delta`."""

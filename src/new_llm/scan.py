@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .cell import ACTIVATIONS, ContextCell, ConvexCell, SeedCell, Stage, Weights
+from .cell import ACTIVATIONS, BOUND, ContextCell, ConvexCell, SeedCell, Stage, Weights
 
 # rows, positions times sequences, whose intermediate results a backward pass holds at once
 BLOCK_ROWS = 512
@@ -123,10 +123,10 @@ def _scan_convex(
 
 
 class _ConvexScan(torch.autograd.Function):
-    """`c_t = forget_t c_{t-1} + (1 - forget_t) tanh(W_d phi(u_t + g_t (W_c c_{t-1})) + b_d)`.
+    """`c_t = forget_t c_{t-1} + (1 - forget_t) (W_d phi(u_t + g_t (W_c c_{t-1})) + b_d)`.
 
-    Time-major: token part `u` and share `g` `[T, B, H]`, forget `[T, B, C]`, keep `[T, B, 1]` (0 at
-    a start) or None.
+    The last bracket, `delta`, is cut at `BOUND`. Time-major: token part `u` and share `g`
+    `[T, B, H]`, forget `[T, B, C]`, keep `[T, B, 1]` (0 at a start) or None.
     """
 
     @staticmethod
@@ -135,9 +135,7 @@ class _ConvexScan(torch.autograd.Function):
         num_positions, batch, width = forget.shape
         phi = ACTIVATIONS[activation]
         resets = _any(keep, 0, num_positions)
-        tanh = _Tanh(initial)
-        from_context_t = from_context.T.contiguous()
-        to_delta_t, bias = tanh.scaled(to_delta.T.contiguous()), tanh.scaled(bias)
+        from_context_t, to_delta_t = from_context.T.contiguous(), to_delta.T.contiguous()
         # what only a backward pass reads is not kept where none comes
         kept = any(ctx.needs_input_grad)
         # what is read of the context, before and after the token's share of it and its own part
@@ -169,8 +167,7 @@ class _ConvexScan(torch.autograd.Function):
                 before = before * keep[t]
             torch.mm(before, from_context_t, out=read_t)
             torch.addcmul(token_t, share_t, read_t, out=pre)
-            torch.addmm(bias, phi(pre), to_delta_t, out=delta_t)
-            tanh(delta_t)
+            torch.addmm(bias, phi(pre), to_delta_t, out=delta_t).clamp_(-BOUND, BOUND)
             torch.lerp(delta_t, before, forget_t, out=after)
         if kept:
             ctx.save_for_backward(
@@ -197,8 +194,7 @@ class _ConvexScan(torch.autograd.Function):
             block = slice(begin, min(begin + size, num_positions))
             before = context[block] if keep is None else context[block] * keep[block]
             hidden, slope = activated(preactivation[block], ctx.activation)
-            # d delta / d preactivation of tanh, times the share of delta in the new context
-            reach = (1.0 - forget[block]).mul_(1.0 - delta[block].square())
+            reach = delta_share(forget[block], delta[block])
             total, to_bias = torch.empty_like(reach), torch.empty_like(reach)
             to_hidden, to_read = torch.empty_like(slope), torch.empty_like(slope)
             rows = [*zip(
@@ -240,12 +236,6 @@ class _Tanh:
     def scaled(self, weight: Tensor) -> Tensor:
         return 2.0 * weight if self.by_sigmoid else weight
 
-    def __call__(self, x: Tensor) -> None:
-        if self.by_sigmoid:
-            torch.add(self.minus_one, x.sigmoid_(), alpha=2.0, out=x)
-        else:
-            x.tanh_()
-
     def of_gates(self, gates: Tensor, delta: Tensor) -> None:
         """Apply it to the first of three gates `[3, B, C]`, which `delta` is, sigmoid to others."""
         if self.by_sigmoid:
@@ -254,6 +244,15 @@ class _Tanh:
         else:
             delta.tanh_()
             gates[1:].sigmoid_()
+
+
+def delta_share(forget: Tensor, delta: Tensor) -> Tensor:
+    """Return the share of delta in the new context; nothing passes where it was cut.
+
+    >>> delta_share(torch.tensor([0.75, 0.75]), torch.tensor([1.0, BOUND]))
+    tensor([0.2500, 0.0000])
+    """
+    return (1.0 - forget).mul_(delta.abs() < BOUND)
 
 
 def convex_gradients(
@@ -269,7 +268,7 @@ def convex_gradients(
 
     Args:
         total: gradient of the context after each position, `[T, B, C]`.
-        to_bias: of the preactivation of tanh, `[T, B, C]`.
+        to_bias: of delta before it is cut, `[T, B, C]`.
         to_read: of `W_c c`, `[T, B, H]`.
         before: context that each position read, `[T, B, C]`.
         hidden: `phi` at each position, `[T, B, H]`.

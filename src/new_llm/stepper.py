@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cell import ACTIVATIONS, ContextCell, ConvexCell
+from .cell import ACTIVATIONS, BOUND, ContextCell, ConvexCell
 from .model import GatedMLP, NewLLM
 
 # projected tokens that are computed at once, while the table is made
@@ -187,6 +187,6 @@ def _steps_of(cell: ContextCell) -> tuple[Callable[[Tensor], Tensor], Callable[.
         token_part, share, forget = projected.split_with_sizes(widths)
         hidden = torch.addcmul(token_part, share, torch.mv(from_context, context))
         delta = torch.addmv(bias, to_delta, phi(hidden))
-        torch.lerp(delta.tanh_(), context, forget, out=context)
+        torch.lerp(delta.clamp_(-BOUND, BOUND), context, forget, out=context)
 
     return project, move_convex
