@@ -53,17 +53,14 @@ def ablations() -> Iterator[Ablation]:
     """Yield all rows of both tables."""
     yield Ablation(table="phases", name="default")
     yield Ablation(table="phases", name="no Phase 1", phase1=None)
+    kept = {"contractive": 0.02, "contractive_every": 4}
+    yield Ablation(table="phases", name="0.02 of Phase 1 kept in Phase 2", phase2=kept)
     yield Ablation(
-        table="phases", name="no Phase 1, nothing kept of it", phase1=None,
-        phase2={"contractive": 0.0},
-    )  # fmt: skip
-    yield Ablation(table="phases", name="Phase 1, nothing kept of it", phase2={"contractive": 0.0})
-    yield Ablation(
-        table="phases", name="Phase 1 by `residual`",
-        phase1={"objective": "residual"}, phase2={"contractive": 0.0},
-    )  # fmt: skip
+        table="phases", name="no Phase 1, 0.02 of it in Phase 2", phase1=None, phase2=kept
+    )
+    yield Ablation(table="phases", name="Phase 1 by `residual`", phase1={"objective": "residual"})
     # a shared embedding would move under the contexts
-    frozen = {"freeze_context": True, "contractive": 0.0}
+    frozen = {"freeze_context": True}
     apart = {"tied_readout": False}
     yield Ablation(table="phases", name="own read-out matrix", model=apart)
     yield Ablation(table="phases", name="frozen after Phase 1", model=apart, phase2=frozen)
@@ -78,12 +75,12 @@ def ablations() -> Iterator[Ablation]:
         table="coupling", name="0, its idle weights given to the MLPs",
         model={"coupling_limit": 0.0}, filled=True,
     )  # fmt: skip
-    # Phase 1, and what Phase 2 keeps of it, hold contraction where no limit does
+    # Phase 1 moves the coupling too
     for limit in (*LIMITS[2:], _NO_LIMIT):
         name = "none" if limit == _NO_LIMIT else f"{limit:g}"
         yield Ablation(
             table="coupling without Phase 1", name=name, model={"coupling_limit": limit},
-            phase1=None, phase2={"contractive": 0.0},
+            phase1=None,
         )  # fmt: skip
 
 
