@@ -84,10 +84,11 @@ def test_mamba_by_its_scan_is_mamba_by_its_loop() -> None:
                 assert mixer.inner.use_mambapy
                 mixer.inner.use_mambapy = parallel
         features = peer(ids, starts=starts, real=real).features
-        features.square().sum().backward()
+        # squares of what a layer norm gives have no gradient but rounding
+        features.sigmoid().sum().backward()
         found.append([features, *(p.grad for p in peer.parameters())])
     for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+        assert (one - other).norm() <= 1e-4 * other.norm()
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru", "mingru"])

@@ -200,7 +200,7 @@ def by_distance(
     shares, edge = {}, 8
     while edge <= longest:
         # the last of a text of this length: an answer behind noise, or after a long text
-        examples = task.draw(edge, batch, generator).to(model.embedding.weight.device)
+        examples = task.draw(edge, batch, generator).to(model.readout.weight.device)
         far = (examples.targets >= 0) & (examples.distance > edge // 2)
         features = model(examples.ids).features[far]
         said = (features @ model.readout.weight.T).argmax(dim=-1)
