@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contract import C, ContextCellContract, E, H
-from new_llm.cell import LIPSCHITZ, ConvexCell, LayerwiseCell, SequentialCell
+from new_llm.cell import BOUND, LIPSCHITZ, ConvexCell, LayerwiseCell, SequentialCell
 
 
 class TestSequential(ContextCellContract):
@@ -119,6 +119,21 @@ def test_convex_contracts_at_its_coupling_whatever_its_weights(
     a, b = torch.randn(50, C).double(), torch.randn(50, C).double()
     moved = cell.search_map(a, projected, weights) - cell.search_map(b, projected, weights)
     assert (moved.norm(dim=-1) <= q2 * (a - b).norm(dim=-1) + 1e-12).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(scale=st.floats(0.1, 100.0), seed=st.integers(0, 1000))
+def test_convex_contexts_stay_bounded_even_where_nothing_contracts(scale: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    cell = ConvexCell(C, E, H, coupling_limit=100.0).eval()
+    with torch.no_grad():
+        for linear in (cell.from_context, cell.to_delta):
+            linear.weight.copy_(scale * torch.randn_like(linear.weight))
+    cell.sharpen()
+    context = torch.zeros(1, C)
+    for x in torch.randn(200, 1, E):
+        context = cell(context, x)
+        assert context.abs().max() <= BOUND
 
 
 def test_coupling_stays_under_its_limit_through_training() -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from new_llm.cell import ContextCell, ConvexCell, LayerwiseCell, SequentialCell, Weights
+from new_llm.cell import BOUND, ContextCell, ConvexCell, LayerwiseCell, SequentialCell, Weights
 from new_llm.errors import NonFiniteError
 from new_llm.recurrence import (
     Engine,
@@ -26,10 +26,19 @@ def make(name: str) -> ContextCell:
     seeds: dict[str, Any] = {"num_layers": 2, "initialisation": "torch"}
     cells = {
         "convex": lambda: ConvexCell(C, E, H),
+        "cut": cut,
         "sequential": lambda: SequentialCell(C, E, H, **seeds),
         "layerwise": lambda: LayerwiseCell(C, E, H, **seeds, clip=1.0),
     }
     return cells[name]().double().eval()
+
+
+def cut() -> ConvexCell:
+    """Return a cell of which two numbers of delta are now cut and now not."""
+    cell = ConvexCell(C, E, H)
+    with torch.no_grad():
+        cell.to_delta.bias.copy_(torch.linspace(-BOUND, BOUND, C))
+    return cell
 
 
 def expanding() -> ConvexCell:
@@ -96,6 +105,8 @@ ENGINES: list[tuple[str, Engine]] = [
     ("convex", "scan"),
     ("convex", "gate-scan"),
     ("convex", "jacobi"),
+    ("cut", "scan"),
+    ("cut", "gate-scan"),
     ("sequential", "scan"),
     ("sequential", "jacobi"),
     ("layerwise", "scan"),

@@ -50,7 +50,7 @@ class Ablation:
 
 
 def ablations() -> Iterator[Ablation]:
-    """Yield all rows of both tables."""
+    """Yield all rows of all tables."""
     yield Ablation(table="phases", name="default")
     yield Ablation(table="phases", name="no Phase 1", phase1=None)
     kept = {"contractive": 0.02, "contractive_every": 4}

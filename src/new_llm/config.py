@@ -544,7 +544,6 @@ def _seed_preset(name: str, cell: CellName) -> RunConfig:
             batch_size=4,
             min_steps=0,
             evaluations=2,
-            contractive=0.0,
         ),
         gate="seed",
     )

@@ -274,7 +274,7 @@ def trained(
         "num_steps": done.num_steps,
         "threads": threads,
         "torch": torch.__version__,
-        "device": _name(device),
+        "device": _device_name(device),
         "seconds_phase1": settled - begun,
         "seconds_cache": cached - settled,
         "seconds": ended - cached,
@@ -284,7 +284,7 @@ def trained(
     }
 
 
-def _name(device: str) -> str:
+def _device_name(device: str) -> str:
     """Return what a device is: instructions of the CPU, or which GPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
