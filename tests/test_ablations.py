@@ -8,13 +8,13 @@ import pytest
 
 from new_llm import ablations, quality
 from new_llm.ablations import Ablations
-from new_llm.config import ModelConfig, Phase2Config, from_dict, preset
+from new_llm.config import ModelConfig, PeerConfig, Phase2Config, from_dict, preset
 from new_llm.console import Console
 from new_llm.model import num_parameters
 from new_llm.quality import build, prepare_corpus
 from new_llm.runner import Runner
 
-CHOSEN = ("default", "frozen after Phase 1", "one block, token scope", "0")
+CHOSEN = ("default", "frozen after Phase 1", "one block, token scope", "0", "minGRU")
 
 
 def test_each_row_changes_the_default_in_what_it_names() -> None:
@@ -35,9 +35,15 @@ def test_each_row_changes_the_default_in_what_it_names() -> None:
     assert abs(full - bare - idle) < 2000
     default = rows["phases", "default"]
     assert default["phase2"]["max_steps"] == default["phase2"]["min_steps"] == 10
+    lstm = rows["recipe", "LSTM, its gates begun as usual, AdamW"]
+    assert lstm["model"]["longest_timescale"] is None and lstm["phase1"] is None
+    assert lstm["phase2"]["optimiser"] == "adamw"
+    sizes = [num_parameters(build(given["model"], 4096)) for (table, _), given in rows.items()
+             if table == "recipe"]  # fmt: skip
+    assert max(sizes) < 1.05 * min(sizes)
     for given in rows.values():
         # every one is a config that a run would accept
-        from_dict(ModelConfig, given["model"])
+        from_dict(PeerConfig if "kind" in given["model"] else ModelConfig, given["model"])
         from_dict(Phase2Config, given["phase2"])
     # no two rows are the same training
     assert len({json.dumps(given, sort_keys=True) for given in rows.values()}) == len(rows)
@@ -71,6 +77,8 @@ def test_rows_are_trained_judged_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
     assert rows["frozen after Phase 1"]["cache, s"] > 0.0
     assert rows["one block, token scope"]["sweeps"] is None
     assert rows["0"]["jacobian norm"] == 0.0
+    # a peer has no fixed points
+    assert rows["minGRU"]["verdicts"] is None and rows["minGRU"]["sweeps"] is None
     assert rows["default"]["sweeps"] >= 1.0 and rows["default"]["spread"] > 0.0
     kept = [json.loads(path.read_text()) for path in (tmp_path / "trials").iterdir()]
     assert len(kept) == 2 * len(CHOSEN)

@@ -1,4 +1,4 @@
-"""What the two phases and the coupling are worth: the default with one thing changed at a time."""
+"""What the phases, the coupling and the recipe are worth: one thing changed at a time."""
 
 import statistics
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .config import RunConfig, preset, to_dict
+from .config import PeerConfig, RunConfig, from_dict, preset, to_dict
 from .console import Console
 from .model import num_parameters
 from .quality import Corpus, build, matched, mixed_loss, num_steps, opened, trained
@@ -21,10 +21,12 @@ _NO_LIMIT = 100.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ablation:
-    """The default, with some settings changed."""
+    """The default, or a peer of as many parameters, with some settings changed."""
 
     table: str
     name: str
+    kind: str | None = None
+    """Of a peer, whose recurrence is then in place of ours and which has no Phase 1."""
     model: dict[str, Any] = field(default_factory=dict)
     """Changed fields of the model."""
     phase1: dict[str, Any] | None = field(default_factory=dict)
@@ -36,14 +38,26 @@ class Ablation:
 
     def arguments(self, config: RunConfig, steps: int, seed: int, vocab_size: int) -> Numbers:
         """Return what `trained` is given."""
-        model = to_dict(replace(config.model, **self.model))
-        # as in the comparison with peers
-        length = {"max_steps": steps, "min_steps": steps}
-        first = None if self.phase1 is None else replace(config.phase1, **self.phase1)
+        model = to_dict(replace(config.model, **({} if self.kind else self.model)))
+        if self.filled:
+            model = filled(model, vocab_size)
+        if self.kind is not None:
+            with torch.device("meta"):
+                wanted = num_parameters(build(model, vocab_size))
+            widths = {"embedding_width": config.model.embedding_width,
+                      "width": config.model.context_width}  # fmt: skip
+            peer = from_dict(PeerConfig, {"kind": self.kind} | widths | self.model)
+            model = matched(to_dict(peer), wanted, vocab_size)
+        # as in the comparison with peers, and on every CPU the same
+        training = {"max_steps": steps, "min_steps": steps, "muon_precision": "float32"}
+        first = (
+            None if self.phase1 is None or self.kind is not None
+            else replace(config.phase1, **self.phase1)
+        )  # fmt: skip
         return {
-            "model": filled(model, vocab_size) if self.filled else model,
+            "model": model,
             "phase1": None if first is None else to_dict(first),
-            "phase2": to_dict(replace(config.phase2, **length, **self.phase2)),
+            "phase2": to_dict(replace(config.phase2, **training | self.phase2)),
             "sequence_length": config.data.sequence_length,
             "seed": seed,
         }
@@ -82,6 +96,18 @@ def ablations() -> Iterator[Ablation]:
             table="coupling without Phase 1", name=name, model={"coupling_limit": limit},
             phase1=None,
         )  # fmt: skip
+    # what a usual comparison with an LSTM would have shown, and how much of it is the recurrence
+    adamw = {"optimiser": "adamw", "learning_rate": 4e-3}
+    yield Ablation(table="recipe", name="default, AdamW", phase2=adamw)
+    slower = {"learning_rate": 4e-3}
+    usual = {"longest_timescale": None}
+    yield Ablation(table="recipe", name="LSTM", kind="lstm", phase2=slower)
+    yield Ablation(table="recipe", name="LSTM, AdamW", kind="lstm", phase2=adamw)
+    yield Ablation(
+        table="recipe", name="LSTM, its gates begun as usual, AdamW", kind="lstm", model=usual,
+        phase2=adamw,
+    )  # fmt: skip
+    yield Ablation(table="recipe", name="minGRU", kind="mingru")
 
 
 def filled(model: Numbers, vocab_size: int) -> Numbers:
@@ -134,6 +160,8 @@ class Ablations:
 
 def _row(one: Ablation, found: list[Numbers], corpus: Corpus) -> Numbers:
     mixed = [mixed_loss(numbers["scores"]) for numbers in found]
+    # a peer has none
+    judgements = [numbers["doctor"] for numbers in found if numbers["doctor"] is not None]
 
     def median(name: str) -> float:
         return statistics.median(numbers[name] for numbers in found)
@@ -141,11 +169,11 @@ def _row(one: Ablation, found: list[Numbers], corpus: Corpus) -> Numbers:
     def measured(name: str) -> float | None:
         """Return the median over seeds of the largest of any block."""
         each = [
-            [value for key, value in numbers["doctor"]["measurements"].items()
+            [value for key, value in judged["measurements"].items()
              if key.rpartition(": ")[2] == name]
-            for numbers in found
+            for judged in judgements
         ]  # fmt: skip
-        return statistics.median(map(max, each)) if all(each) else None
+        return statistics.median(map(max, each)) if each and all(each) else None
 
     row: Numbers = {
         "table": one.table,
@@ -157,10 +185,9 @@ def _row(one: Ablation, found: list[Numbers], corpus: Corpus) -> Numbers:
     }
     for part in corpus.held_out:
         row[part] = statistics.fmean(numbers["scores"][part]["loss"] for numbers in found)
-    verdicts = [numbers["doctor"]["token"] + " / " + str(numbers["doctor"]["sequence"])
-                for numbers in found]  # fmt: skip
+    verdicts = [judged["token"] + " / " + str(judged["sequence"]) for judged in judgements]
     return row | {
-        "verdicts": ", ".join(dict.fromkeys(verdicts)),
+        "verdicts": ", ".join(dict.fromkeys(verdicts)) or None,
         "sweeps": measured("sweeps"),
         "jacobian norm": measured("jacobian_norm"),
         "context length": measured("effective_context_length"),

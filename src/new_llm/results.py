@@ -30,6 +30,8 @@ CAPTIONS = {
     "ablations, phases": "The default with one thing changed. Verdicts: token / sequence scope.",
     "ablations, coupling": "The limit on the coupling q2; at 0 the recurrence is linear.",
     "ablations, coupling without Phase 1": "The same, and nothing else that holds contraction.",
+    "ablations, recipe": "Ours and peers of as many parameters, by the optimiser of the comparison "
+    "(Muon) and by AdamW; an LSTM's gates begin at time-scales as ours do, unless said.",
     "long, losses": "The default on all cores; nats a token on held-out dialogues, counts on the "
     "same training tokens.",
     "long, memory": "As above, of this model.",
