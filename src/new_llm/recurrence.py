@@ -22,7 +22,13 @@ from torch.autograd.function import once_differentiable
 from .cell import BOUND, ContextCell, ConvexCell, Weights
 from .errors import NonFiniteError
 from .fixed_point import measure
-from .scan import activated, convex_gradients, delta_share, scan_projected
+from .scan import (
+    activated,
+    convex_gradients,
+    delta_share,
+    projected_by_time,
+    scan_projected,
+)
 
 Engine = Literal["scan", "gate-scan", "jacobi"]
 
@@ -311,7 +317,7 @@ def carry(
     (torch.Size([1, 9, 4]), False)
     """
     _require_separate_gate(cell, engine)
-    projected = cell.project(x).to(initial.dtype)
+    projected = projected_by_time(cell, x).to(initial.dtype)
     sweeps, adjoint = Sweeps(), Sweeps()
     with torch.autocast(x.device.type, enabled=False):
         weights = cell.weights() if weights is None else weights
@@ -717,7 +723,7 @@ def sweep(
     part = _Part.make(
         cell,
         cell.weights(),
-        cell.project(x).transpose(0, 1).contiguous(),
+        projected_by_time(cell, x).transpose(0, 1).contiguous(),
         None if starts is None else (~starts.T[..., None]).to(x.dtype),
         None if real is None else real.T[..., None],
         gate_exact=gate_exact,
