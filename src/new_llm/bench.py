@@ -13,10 +13,9 @@ from .config import fingerprint
 from .console import Console
 from .errors import ConfigError
 from .files import understood
-from .quality import PARAMETERS, Long, Quality
+from .quality import Long, Quality
 from .results import finished, read_kept, tables, write_kept, write_page
 from .speed import (
-    WIDTH,
     Bench,
     Rows,
     document,
@@ -41,8 +40,6 @@ def quality(bench: Bench) -> Rows:
         num_workers=bench.num_workers,
         device=bench.device,
     )
-    if bench.width == WIDTH:
-        asked = replace(asked, parameters=PARAMETERS)
     if bench.tokens is not None:
         asked = replace(asked, tokens=bench.tokens, tuning_tokens=max(1, bench.tokens // 2))
     return asked.run()

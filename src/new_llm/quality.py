@@ -440,7 +440,7 @@ class Quality:
     learning_rates: tuple[float, ...] = LEARNING_RATES
     width: int = 256
     parameters: int | None = None
-    """Of every model; None is as many as the default has."""
+    """Of every model; None is `PARAMETERS`, at another width what the default has there."""
     num_workers: int | None = None
     device: str = "cpu"
     """Where models are trained and scored; what a step takes is measured on the CPU."""
@@ -510,7 +510,7 @@ class Quality:
                 config.model.mlp_width / config.model.context_width * self.width
             )
         shape = to_dict(replace(config.model, **widths))
-        wanted = self.parameters
+        wanted = self.parameters or (None if widths else PARAMETERS)
         if wanted is None:
             with torch.device("meta"):
                 wanted = num_parameters(build(shape, vocab_size))
