@@ -153,26 +153,6 @@ def test_coupling_stays_under_its_limit_through_training() -> None:
     assert cell.coupling()["q2"] <= 0.9 * (1 + 1e-5)
 
 
-def test_convex_projects_as_its_three_layers_do_and_so_do_its_gradients() -> None:
-    torch.manual_seed(0)
-    cell = ConvexCell(C, E, H)
-    x = torch.randn(3, 5, E, requires_grad=True)
-    shares = torch.tanh(cell.to_share(x))
-    forget = cell.forget_max * torch.sigmoid(cell.to_forget(x))
-    expected = torch.cat([cell.from_token(x), shares, forget], dim=-1)
-    found = cell.project(x)
-    assert torch.allclose(found, expected, atol=1e-6)
-    slope = torch.randn_like(found)
-    layers = (cell.from_token, cell.to_share, cell.to_forget)
-    inputs = [x, *(weight for layer in layers for weight in layer.parameters())]
-    # the slope must come out as it went in: others may read it too
-    before = slope.clone()
-    gradients = torch.autograd.grad(found, inputs, slope)
-    assert torch.equal(slope, before)
-    for one, other in zip(gradients, torch.autograd.grad(expected, inputs, slope), strict=True):
-        assert torch.allclose(one, other, atol=1e-5)
-
-
 def test_zero_limit_is_a_linear_recurrence() -> None:
     cell = ConvexCell(C, E, H, coupling_limit=0.0).eval()
     projected, weights = cell.project(torch.randn(3, E)), cell.weights()

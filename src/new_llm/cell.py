@@ -6,12 +6,11 @@ loss lives here. Axes: `C` context width, `E` embedding width, `H` hidden width,
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple, final
+from typing import NamedTuple, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 # sup |phi'|: SiLU at x = 2.3994, GELU at x = sqrt(2), tanh at 0; rounded up
 LIPSCHITZ = {"silu": 1.0999, "gelu": 1.1290, "tanh": 1.0}
@@ -379,16 +378,8 @@ class ConvexCell(ContextCell):
 
     def project(self, x: Tensor) -> Tensor:
         """Return `[W_x x + b_x, share, forget]`, `[..., 2 H + C]`."""
-        parts = (self.from_token, self.to_share, self.to_forget)
-        weight, bias = (torch.cat([getattr(part, name) for part in parts])
-                        for name in ("weight", "bias"))  # fmt: skip
-        made = F.linear(x, weight, bias)
-        if made.requires_grad and not torch.compiler.is_compiling():
-            # in its place: in training each copy of it costs as much as a norm
-            opened: Any = _Opened.apply(made, self.hidden_width, self.forget_max)
-            return opened
-        token_part, share, forget = self.parts(made)
-        return torch.cat([token_part, share.tanh(), self.forget_max * forget.sigmoid()], dim=-1)
+        forget = self.forget_max * torch.sigmoid(self.to_forget(x))
+        return torch.cat([self.from_token(x), torch.tanh(self.to_share(x)), forget], dim=-1)
 
     def parts(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return what `project` joined: `[..., H]`, `[..., H]`, `[..., C]`."""
@@ -485,31 +476,6 @@ class ConvexCell(ContextCell):
         # row sums of the product of absolute values, without the product
         rows = to_delta.abs() @ from_context.abs().sum(dim=1)
         return LIPSCHITZ[self.activation] * rows.amax()
-
-
-class _Opened(torch.autograd.Function):
-    """`[W_x x + b_x, share, forget]` of what they are before tanh and sigmoid, in its place."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        made, hidden_width, forget_max = inputs
-        made[..., hidden_width : 2 * hidden_width].tanh_()
-        made[..., 2 * hidden_width :].sigmoid_().mul_(forget_max)
-        ctx.mark_dirty(made)
-        ctx.save_for_backward(made)
-        ctx.hidden_width, ctx.forget_max = hidden_width, forget_max
-        return made
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (grad,), (opened,) = grads, ctx.saved_tensors
-        _, share, forget = opened.tensor_split([ctx.hidden_width, 2 * ctx.hidden_width], dim=-1)
-        grad = grad.clone()
-        _, to_share, to_forget = grad.tensor_split([ctx.hidden_width, 2 * ctx.hidden_width], dim=-1)
-        to_share.addcmul_(to_share, share * share, value=-1.0)
-        to_forget.mul_(forget).addcmul_(to_forget, forget, value=-1.0 / ctx.forget_max)
-        return grad, None, None
 
 
 @torch.no_grad()

@@ -22,13 +22,7 @@ from torch.autograd.function import once_differentiable
 from .cell import BOUND, ContextCell, ConvexCell, Weights
 from .errors import NonFiniteError
 from .fixed_point import measure
-from .scan import (
-    activated,
-    convex_gradients,
-    delta_share,
-    projected_by_time,
-    scan_projected,
-)
+from .scan import activated, convex_gradients, delta_share, scan_projected
 
 Engine = Literal["scan", "gate-scan", "jacobi"]
 
@@ -317,7 +311,7 @@ def carry(
     (torch.Size([1, 9, 4]), False)
     """
     _require_separate_gate(cell, engine)
-    projected = projected_by_time(cell, x).to(initial.dtype)
+    projected = cell.project(x).to(initial.dtype)
     sweeps, adjoint = Sweeps(), Sweeps()
     with torch.autocast(x.device.type, enabled=False):
         weights = cell.weights() if weights is None else weights
@@ -723,7 +717,7 @@ def sweep(
     part = _Part.make(
         cell,
         cell.weights(),
-        projected_by_time(cell, x).transpose(0, 1).contiguous(),
+        cell.project(x).transpose(0, 1).contiguous(),
         None if starts is None else (~starts.T[..., None]).to(x.dtype),
         None if real is None else real.T[..., None],
         gate_exact=gate_exact,

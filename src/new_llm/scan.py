@@ -49,20 +49,11 @@ def scan(
     >>> scan(cell, torch.ones(2, 7, 3), torch.zeros(2, 4)).shape
     torch.Size([2, 7, 4])
     """
-    projected = projected_by_time(cell, x).to(initial.dtype)
+    projected = cell.project(x).to(initial.dtype)
     # contexts keep their precision where the large products of a text do not
     with torch.autocast(x.device.type, enabled=False):
         weights = cell.weights() if weights is None else weights
         return scan_projected(cell, projected, weights, initial, starts=starts, real=real)
-
-
-def projected_by_time(cell: ContextCell, x: Tensor) -> Tensor:
-    """Return `cell.project(x)`, `[B, T, P]`, that lies time-major in memory, as engines read it.
-
-    >>> projected_by_time(ConvexCell(4, 3, 5), torch.ones(2, 7, 3)).stride()[0]
-    14
-    """
-    return cell.project(x.transpose(0, 1).contiguous()).transpose(0, 1)
 
 
 def scan_projected(
@@ -115,13 +106,18 @@ def _scan_convex(
     real: Tensor | None,
 ) -> Tensor:
     """Run `_ConvexScan` time-major; padding is a gate that forgets nothing."""
-    if real is not None and not real.all():
-        token_part, share, forget = cell.parts(projected)
-        forget = forget.masked_fill(~real[..., None], 1.0)
-        projected = torch.cat([token_part, share, forget], dim=-1)
+    token_part, share, forget = (part.transpose(0, 1) for part in cell.parts(projected))
+    if real is not None:
+        forget = forget.masked_fill(~real.T[..., None], 1.0)
     keep = None if starts is None else (~starts.T[..., None]).to(projected.dtype)
     contexts: Any = _ConvexScan.apply(
-        projected.transpose(0, 1).contiguous(), initial, *weights, keep, cell.activation
+        token_part.contiguous(),
+        share.contiguous(),
+        forget.contiguous(),
+        initial,
+        *weights,
+        keep,
+        cell.activation,
     )
     return contexts.transpose(0, 1)
 
@@ -129,14 +125,13 @@ def _scan_convex(
 class _ConvexScan(torch.autograd.Function):
     """`c_t = forget_t c_{t-1} + (1 - forget_t) (W_d phi(u_t + g_t (W_c c_{t-1})) + b_d)`.
 
-    The last bracket, `delta`, is cut at `BOUND`. Time-major: token part `u`, share `g` and forget
-    side by side `[T, B, 2 H + C]`, keep `[T, B, 1]` (0 at a start) or None.
+    The last bracket, `delta`, is cut at `BOUND`. Time-major: token part `u` and share `g`
+    `[T, B, H]`, forget `[T, B, C]`, keep `[T, B, 1]` (0 at a start) or None.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        projected, initial, from_context, to_delta, bias, keep, activation = inputs
-        token_part, share, forget = _parts(projected, from_context)
+        token_part, share, forget, initial, from_context, to_delta, bias, keep, activation = inputs
         num_positions, batch, width = forget.shape
         phi = ACTIVATIONS[activation]
         resets = _any(keep, 0, num_positions)
@@ -144,10 +139,9 @@ class _ConvexScan(torch.autograd.Function):
         # what only a backward pass reads is not kept where none comes
         kept = any(ctx.needs_input_grad)
         # what is read of the context, before and after the token's share of it and its own part
-        num_kept = num_positions if kept else 1
-        read = forget.new_empty(num_kept, batch, len(from_context))
+        read = torch.empty_like(token_part if kept else token_part[:1])
         preactivation = torch.empty_like(read)
-        delta = forget.new_empty(num_kept, batch, width)
+        delta = torch.empty_like(forget if kept else forget[:1])
         # slot t holds the context before position t, slot t + 1 the one after it
         context = forget.new_empty(num_positions + 1, batch, width)
         context[0] = initial
@@ -177,7 +171,7 @@ class _ConvexScan(torch.autograd.Function):
             torch.lerp(delta_t, before, forget_t, out=after)
         if kept:
             ctx.save_for_backward(
-                projected, context, read, preactivation, delta, from_context, to_delta, keep
+                share, forget, context, read, preactivation, delta, from_context, to_delta, keep
             )
             ctx.activation, ctx.resets = activation, resets
         return context[1:]
@@ -186,13 +180,12 @@ class _ConvexScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_context,) = grads
-        (projected, context, read, preactivation, delta, from_context, to_delta,
+        (share, forget, context, read, preactivation, delta, from_context, to_delta,
          keep) = ctx.saved_tensors  # fmt: skip
-        _, share, forget = _parts(projected, from_context)
         num_positions, batch, _ = forget.shape
         carry = torch.zeros_like(context[0])
-        to_projected = torch.empty_like(projected)
-        to_token, to_share, to_forget = _parts(to_projected, from_context)
+        to_token, to_share = torch.empty_like(preactivation), torch.empty_like(preactivation)
+        to_forget = torch.empty_like(forget)
         to_weights = [torch.zeros_like(from_context), torch.zeros_like(to_delta),
                       torch.zeros_like(to_delta[:, 0])]  # fmt: skip
         # whole buffers leave the caches: all that is done with a few positions is done at once
@@ -226,14 +219,7 @@ class _ConvexScan(torch.autograd.Function):
             )
             for sum_, part in zip(to_weights, parts, strict=True):
                 sum_ += part
-        return to_projected, carry, *to_weights, None, None
-
-
-def _parts(projected: Tensor, from_context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return views of token part and share `[..., H]` and forget `[..., C]`."""
-    hidden_width, width = from_context.shape
-    token_part, share, forget = projected.split([hidden_width, hidden_width, width], dim=-1)
-    return token_part, share, forget
+        return to_token, to_share, to_forget, carry, *to_weights, None, None
 
 
 class _Tanh:
