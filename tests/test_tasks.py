@@ -127,7 +127,7 @@ def test_all_models_are_equally_large_and_bounded_as_they_say() -> None:
 def test_rows_keep_the_learning_rate_that_holds_longest(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("new_llm.tasks.PEERS", ("gru",))
+    monkeypatch.setattr("new_llm.tasks.PEERS", ("gru", "mamba"))
     monkeypatch.setattr("new_llm.tasks.TASKS", {"parity": TASKS["parity"]})
     monkeypatch.setattr("new_llm.tasks.LONGEST", 128)
     asked = LongMemory(
@@ -140,11 +140,12 @@ def test_rows_keep_the_learning_rate_that_holds_longest(
         "convex, W_c = 0",
         "convex, no limit",
         "gru",
+        "mamba",
     ]
     assert asked.out is not None
     kept = [json.loads(path.read_text()) for path in (asked.out / "trials").iterdir()]
-    # both rates with a first seed, the better one with another
-    assert len(kept) == len(rows) * 3
+    # both rates with a first seed, the better one with another, which Mamba does without
+    assert len(kept) == len(rows) * 3 - 1
     for row, shape in zip(rows, asked.models(2).values(), strict=True):
         first = {
             record["arguments"]["training"]["learning_rate"]: record["numbers"]["accuracy"]
@@ -153,7 +154,7 @@ def test_rows_keep_the_learning_rate_that_holds_longest(
         }
         reached = {rate: (holds_until(found), found["64"]) for rate, found in first.items()}
         assert reached[row["learning_rate"]] == max(reached.values())
-        assert len(row["holds until"]) == 2
+        assert len(row["holds until"]) == (1 if row["model"] == "mamba" else 2)
     monkeypatch.setattr("new_llm.tasks.solved", None)
     monkeypatch.setattr("new_llm.runner.Runner.key", lambda self, trial, given: _kept(asked, given))
     assert asked.run() == rows

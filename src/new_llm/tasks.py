@@ -267,10 +267,11 @@ class LongMemory:
                 for pair in pairs
             }
             rates = {pair: -negative for pair, (_, negative) in best.items()}
-            seeds = range(self.num_seeds)
-            final = [(*pair, rates[pair], seed) for pair in pairs for seed in seeds]
+            # its step takes five times as long as the others'
+            seeds = {pair: range(1 if pair[1] == "mamba" else self.num_seeds) for pair in pairs}
+            final = [(*pair, rates[pair], seed) for pair in pairs for seed in seeds[pair]]
             found = iter(solve("long memory", final))
-            return [_row(*pair, rates[pair], [next(found) for _ in seeds]) for pair in pairs]
+            return [_row(*pair, rates[pair], [next(found) for _ in seeds[pair]]) for pair in pairs]
 
     def _arguments(self, task: str, model: Numbers, learning_rate: float, seed: int) -> Numbers:
         """Return what `solved` is given."""
