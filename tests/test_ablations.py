@@ -27,7 +27,7 @@ def test_each_row_changes_the_default_in_what_it_names() -> None:
               if table == "coupling"]  # fmt: skip
     assert limits == [0.0, 0.25, 0.5, 1.0, 2.0, 100.0, 0.0]
     # two blocks, each with a matrix from the context and one for the token's share of it
-    idle = 2 * (256 * 256 + 257 * 256)
+    idle = 2 * config.model.hidden_width * (256 + 257)
     bare, full = (
         num_parameters(build(rows["coupling", name]["model"], 4096))
         for name in ("0", "0, its idle weights given to the MLPs")

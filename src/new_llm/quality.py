@@ -501,24 +501,23 @@ class Quality:
     def _entrants(self, vocab_size: int) -> list[Entrant]:
         """Return ours and its peers, all with equally many parameters."""
         config = preset("convex")
-        widths: dict[str, int] = {}
+        shape = to_dict(config.model)
         if self.width != config.model.context_width:
-            widths |= dict.fromkeys(
-                ("context_width", "embedding_width", "hidden_width"), self.width
-            )
-            widths["mlp_width"] = round(
-                config.model.mlp_width / config.model.context_width * self.width
-            )
-        shape = to_dict(replace(config.model, **widths))
-        wanted = self.parameters or (None if widths else PARAMETERS)
+            names = ("context_width", "embedding_width", "hidden_width", "mlp_width")
+            share = self.width / config.model.context_width
+            shape |= {name: round(getattr(config.model, name) * share) for name in names}
+        with torch.device("meta"):
+            size = num_parameters(build(shape, vocab_size))
+        wanted = self.parameters
         if wanted is None:
-            with torch.device("meta"):
-                wanted = num_parameters(build(shape, vocab_size))
+            # another vocabulary or width is another size
+            wanted = PARAMETERS if abs(size / PARAMETERS - 1.0) < 0.01 else size
+        elif wanted != size:
+            shape = matched(shape, wanted, vocab_size)
         first = to_dict(config.phase1)
         entrants = [
             Entrant(
-                name="convex", model=matched(shape, wanted, vocab_size), phase1=first,
-                num_seeds=self.num_seeds,
+                name="convex", model=shape, phase1=first, num_seeds=self.num_seeds
             )
         ]  # fmt: skip
         for kind in PEERS:
