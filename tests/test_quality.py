@@ -77,6 +77,19 @@ def test_peers_have_as_many_parameters_as_the_default(kind: str) -> None:
     assert given["num_blocks"] == config.model.num_blocks
 
 
+def test_ours_is_compared_as_it_stands() -> None:
+    asked = Quality(console=QUIET, out=Path("unused"))
+    assert asked._entrants(4096)[0].model == to_dict(preset("convex").model)
+    # another vocabulary or width is another size, and so is one that was asked for
+    for changed, vocab_size in ((asked, 400), (replace(asked, width=64), 4096),
+                                (replace(asked, parameters=3_000_000), 4096)):  # fmt: skip
+        with torch.device("meta"):
+            sizes = [num_parameters(build(one.model, vocab_size))
+                     for one in changed._entrants(vocab_size)]  # fmt: skip
+        assert max(sizes) / min(sizes) < 1.05
+    assert abs(sizes[0] / 3_000_000 - 1.0) < 0.01
+
+
 def test_matched_finds_the_width_that_fits() -> None:
     shape = {"kind": "gru", "embedding_width": 8, "width": 8, "mlp_width": 0}
     wanted = num_parameters(build(shape | {"mlp_width": 37}, 50))

@@ -8,7 +8,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError, shown
@@ -521,6 +521,17 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
         for name, value in values.items()
     }
     return cls(**built)
+
+
+def scaled(model: ModelConfig, width: int) -> ModelConfig:
+    """Return a shape whose context has another width, and all inner widths in proportion.
+
+    >>> scaled(preset("convex").model, 64).hidden_width
+    48
+    """
+    share = width / model.context_width
+    names = ("context_width", "embedding_width", "hidden_width", "mlp_width")
+    return replace(model, **{name: round(getattr(model, name) * share) for name in names})
 
 
 def _seed_preset(name: str, cell: CellName) -> RunConfig:

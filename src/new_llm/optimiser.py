@@ -1,7 +1,7 @@
 """Muon for the matrices of layers, as fast as a CPU allows.
 
 `torch.optim.Muon` takes its products in bfloat16, which a CPU without such instructions emulates at
-a hundredth of the speed, and one matrix after another.
+a hundredth of the speed.
 """
 
 import math
@@ -53,7 +53,7 @@ def orthogonalised(matrices: Tensor, *, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose direction is orthogonalised, for matrices; matrices of one shape together.
+    """Momentum whose direction is orthogonalised, for matrices; on a GPU all of a shape at once.
 
     The update has the root mean square that AdamW's has, so that one learning rate fits both.
 

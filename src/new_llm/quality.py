@@ -30,6 +30,7 @@ from .config import (
     fingerprint,
     from_dict,
     preset,
+    scaled,
     to_dict,
 )
 from .console import Console
@@ -501,11 +502,7 @@ class Quality:
     def _entrants(self, vocab_size: int) -> list[Entrant]:
         """Return ours and its peers, all with equally many parameters."""
         config = preset("convex")
-        shape = to_dict(config.model)
-        if self.width != config.model.context_width:
-            names = ("context_width", "embedding_width", "hidden_width", "mlp_width")
-            share = self.width / config.model.context_width
-            shape |= {name: round(getattr(config.model, name) * share) for name in names}
+        shape = to_dict(scaled(config.model, self.width))
         with torch.device("meta"):
             size = num_parameters(build(shape, vocab_size))
         wanted = self.parameters

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .baselines import GPT, GPTBlock, GPTStepper, MinGRU
 from .cell import ContextCell, ConvexCell, LayerwiseCell, SequentialCell
 from .checkpoint import load_checkpoint
-from .config import SolverConfig, preset
+from .config import SolverConfig, preset, scaled
 from .console import Console
 from .data import TokenStore
 from .dialogues import ReadReport, read_dialogues
@@ -620,7 +620,7 @@ def _model(bench: Bench) -> NewLLM:
         else:
             config = preset("convex")
             torch.manual_seed(0)
-            shape = replace(config.model, **_widths(bench.width))
+            shape = scaled(config.model, bench.width)
             bench.kept["model"] = NewLLM(shape, config.data.vocab_size, config.solver)
     return bench.kept["model"].to(bench.device).eval()
 
