@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from new_llm import cli
 from new_llm.checkpoint import load_checkpoint
 from new_llm.config import SampleConfig
 from new_llm.generate import Conversation, generate
-from new_llm.serve import Endpoint, Sessions, Turns, _Refused
+from new_llm.serve import Endpoint, Sessions, Turns, _Refused, _Told
 
 FIRST = [message["content"] for messages in real_dialogues(16) for message in messages[:1]]
 
@@ -301,6 +302,66 @@ def test_texts_are_told_in_turns() -> None:
     turns.close()
     assert order == ["a0", "b0", "a1", "b1", "a2", "b2"]
     assert sum(isinstance(piece, ZeroDivisionError) for piece in done) == 1
+
+
+def test_a_text_is_over_when_the_thread_is_done_with_it_and_not_before() -> None:
+    """Left while its last piece is drawn, it still counts, and is at work until then."""
+    happened: list[Any] = []
+    at_work, go_on = threading.Event(), threading.Event()
+
+    def slow() -> Iterator[str]:
+        yield "a"
+        at_work.set()
+        assert go_on.wait(10)
+        happened.append("counted")
+
+    def over() -> None:
+        happened.append("over")
+
+    turns = Turns()
+    left = turns.add(slow, happened.append, over)
+    assert at_work.wait(10)
+    left.cancelled = True
+    time.sleep(0.05)
+    assert happened == ["a"]
+    # the other ends: by an error, and before it began
+    turns.add(lambda: iter(str(1 // 0)), lambda _: None, over)
+    turns.add(lambda: iter("never"), happened.append, over).cancelled = True
+    go_on.set()
+    while happened.count("over") < 3:
+        time.sleep(0.01)
+    turns.close()
+    assert happened[:4] == ["a", "counted", "over", None] and "n" not in happened
+
+
+def test_a_session_speaks_until_the_piece_at_work_is_done(folder: Path) -> None:
+    sessions = Sessions(
+        checkpoint=load_checkpoint(folder), config=SampleConfig(max_new_tokens=10**6), minutes=1.0,
+        most=9,
+    )  # fmt: skip
+    endpoint = Endpoint("small", sessions)
+    at_work, go_on = threading.Event(), threading.Event()
+
+    def told() -> Iterator[str]:
+        yield "a"
+        at_work.set()
+        assert go_on.wait(10)
+
+    async def leave() -> None:
+        async with endpoint._living(endpoint.app):
+            talk = sessions.begin("a")
+            text = _Told(endpoint, told, lambda: None, lambda: sessions.end("a", talk))
+            await asyncio.to_thread(at_work.wait, 10)
+            text.stop()
+            await asyncio.sleep(0.1)
+            with pytest.raises(_Refused, match="is speaking"):
+                sessions.fork("a", "b")
+            go_on.set()
+            assert await text._next() == "a" and await text._next() is None
+            sessions.fork("a", "b")
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: asyncio.run(leave())).result()
 
 
 @pytest.mark.parametrize(

@@ -179,9 +179,18 @@ class Turns:
     def __len__(self) -> int:
         return len(self._texts)
 
-    def add(self, begin: Callable[[], Iterator[str]], tell: Callable[[Any], None]) -> "_Text":
-        """Tell a text: `tell` is called with each piece, then with None or with an error."""
-        text = _Text(begin=begin, tell=tell)
+    def add(
+        self,
+        begin: Callable[[], Iterator[str]],
+        tell: Callable[[Any], None],
+        over: Callable[[], None] = lambda: None,
+    ) -> "_Text":
+        """Tell a text: `tell` is called with each piece, then with None or with an error.
+
+        However it ends, cancelled too, `over` is called before that last time: from then on this
+        thread changes nothing that the text belongs to.
+        """
+        text = _Text(begin=begin, tell=tell, over=over)
         with self._changed:
             self._texts.append(text)
             self._changed.notify()
@@ -213,23 +222,26 @@ class Turns:
 class _Text:
     begin: Callable[[], Iterator[str]]
     tell: Callable[[Any], None]
+    over: Callable[[], None]
     cancelled: bool = False
     pieces: Iterator[str] | None = None
 
     def go_on(self) -> bool:
         """Tell the next piece; return whether there may be more."""
-        if self.cancelled:
-            return False
+        told: str | Exception | None = None
         try:
-            if self.pieces is None:
-                self.pieces = self.begin()
-            piece = next(self.pieces, None)
+            if not self.cancelled:
+                if self.pieces is None:
+                    self.pieces = self.begin()
+                told = next(self.pieces, None)
         # whoever waits for the text must hear of any error, or would wait for ever
         except Exception as error:
-            self.tell(error)
-            return False
-        self.tell(piece)
-        return piece is not None
+            told = error
+        goes_on = isinstance(told, str)
+        if not goes_on:
+            self.over()
+        self.tell(told)
+        return goes_on
 
 
 @dataclass(kw_only=True)
@@ -545,17 +557,20 @@ class _Told:
         said: Callable[[], Speech | None],
         ended: Callable[[], None],
     ) -> None:
-        self._said, self._ended = said, ended
-        self._stopped = False
+        self._said = said
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def tell(piece: Any) -> None:
+        def soon(call: Callable[..., None], *values: Any) -> None:
             if not loop.is_closed():
-                loop.call_soon_threadsafe(self._queue.put_nowait, piece)
+                loop.call_soon_threadsafe(call, *values)
 
         assert endpoint.turns is not None
-        self._text = endpoint.turns.add(begin, tell)
+        # a session speaks until its thread is done with it, which may be after its client has left:
+        # the piece at work then may be the last, and the turn counts
+        self._text = endpoint.turns.add(
+            begin, lambda piece: soon(self._queue.put_nowait, piece), lambda: soon(ended)
+        )
 
     async def response(
         self, shape: _Shape, asked: _Asked, request: Request
@@ -622,10 +637,8 @@ class _Told:
         yield "data: [DONE]\n\n"
 
     def stop(self) -> None:
-        """Let nothing more be told; again does nothing."""
-        if not self._stopped:
-            self._stopped = self._text.cancelled = True
-            self._ended()
+        """Let nothing more be told."""
+        self._text.cancelled = True
 
 
 def _opened(told: Any) -> str | None:
