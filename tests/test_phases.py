@@ -406,6 +406,30 @@ def test_frozen_contexts_stay_what_they_are(scope: str, tmp_path: Path) -> None:
     torch.testing.assert_close(contexts(), before, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("lengths", [[5], [2, 90, 3, 4, 7], [30, 31, 2, 33, 29, 3, 40, 3, 50, 21]])
+def test_every_row_of_a_cache_is_that_of_its_dialogue_alone(
+    lengths: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "_LANE_TOKENS", 48)
+    torch.manual_seed(0)
+    model, draw = make("convex"), np.random.default_rng(0)
+    dialogues = [draw.integers(0, V, length).tolist() for length in lengths]
+    store = store_of(dialogues)
+    told: list[float] = []
+
+    def told_of(amount: float = 1, note: str = "") -> None:
+        told.append(amount)
+
+    rows = cache.write_sequence_cache(tmp_path / "cache", model, store, told_of).contexts
+    alone = [
+        torch.stack(model.stream_contexts(torch.tensor([ids]), model.initial_context(1))[1], dim=2)
+        for ids in dialogues
+    ]
+    expected = torch.cat(alone, dim=1)[0].detach()
+    torch.testing.assert_close(torch.from_numpy(np.asarray(rows)), expected, atol=1e-5, rtol=0)
+    assert sum(told) == sum(lengths)
+
+
 def test_gpt2_cache_is_about_51_megabytes() -> None:
     model = NewLLM(small_model("layerwise", context_width=256), 1000)
     assert cache.cache_bytes(model, 50_259) == pytest.approx(51e6, rel=0.02)

@@ -39,8 +39,13 @@ _KIND = "a cache"
 TOKEN_BATCH = 8192
 # of a shard, which may be one long dialogue more
 SHARD_BYTES = 256 << 20
+# dialogues are read side by side: one alone takes 1.7 times as long on a CPU, more on a GPU
+LANES = 16
+_LANE_TOKENS = 8192
 Span = tuple[int, int]
 """First row and the row behind the last."""
+Part = tuple[np.ndarray, np.ndarray]
+"""Row numbers within a span, `[n]`, and the rows, `[n, K, C]`."""
 
 
 class Rows:
@@ -109,11 +114,11 @@ def write_token_cache(
     """
     model.eval()
 
-    def rows(span: Span) -> Iterator[np.ndarray]:
+    def rows(span: Span) -> Iterator[Part]:
         device = model.embedding.weight.device
         for start in range(*span, TOKEN_BATCH):
-            ids = torch.arange(start, min(start + TOKEN_BATCH, span[1]), device=device)
-            yield model.search(ids).contexts.cpu().numpy()
+            ids = torch.arange(start, min(start + TOKEN_BATCH, span[1]))
+            yield ids.numpy() - span[0], model.search(ids.to(device)).contexts.cpu().numpy()
 
     shape = _shape(model, model.vocab_size)
     every = max(TOKEN_BATCH, _rows_of_a_shard(shape) // TOKEN_BATCH * TOKEN_BATCH)
@@ -131,12 +136,15 @@ def write_sequence_cache(
     """
     model.eval()
 
-    def rows(span: Span) -> Iterator[np.ndarray]:
+    def rows(span: Span) -> Iterator[Part]:
         first, last = np.searchsorted(store.offsets, span)
+        part = store.cut(int(first), int(last))
+        # no more than there is to read beside the longest
+        lanes = min(max(part.num_tokens // int(np.diff(part.offsets).max()), 1), LANES)
         stream = SegmentStream(
-            store.cut(int(first), int(last)), batch_size=1, segment_length=4096, seed=None
+            part, batch_size=lanes, segment_length=_LANE_TOKENS // lanes, seed=None
         )
-        context = model.initial_context(1)
+        context = model.initial_context(lanes)
         device = context.device
         for index in range(stream.num_segments):
             segment = stream.segment(0, index)
@@ -144,9 +152,9 @@ def write_sequence_cache(
             starts = torch.from_numpy(segment.starts).to(device)
             with torch.no_grad():
                 _, contexts = model.stream_contexts(ids, context, starts=starts)
-            found = torch.stack(contexts, dim=2)[0]
-            context = found[None, -1]
-            yield found[torch.from_numpy(segment.real[0])].cpu().numpy()
+            found = torch.stack(contexts, dim=2)
+            context = found[:, -1]
+            yield segment.rows[segment.real], found.cpu().numpy()[segment.real]
 
     shape = _shape(model, store.num_tokens)
     spans = _dialogue_spans(store, _rows_of_a_shard(shape))
@@ -189,7 +197,7 @@ def _write(
     key: str,
     shape: tuple[int, int, int],
     spans: list[Span],
-    rows: Callable[[Span], Iterator[np.ndarray]],
+    rows: Callable[[Span], Iterator[Part]],
     advance: Advance,
     world: World,
 ) -> ContextCache:
@@ -256,16 +264,20 @@ def _write_shard(
     key: str,
     span: Span,
     shape: tuple[int, int, int],
-    rows: Callable[[Span], Iterator[np.ndarray]],
+    rows: Callable[[Span], Iterator[Part]],
     advance: Advance,
 ) -> None:
     # whatever it was, it is not this shard
     _side(path).unlink(missing_ok=True)
-    num_rows = 0
+    num_rows, row_bytes = 0, 4 * shape[1] * shape[2]
     with atomic_file(path) as part:
         with part.open("wb") as file:
-            for some in rows(span):
-                file.write(np.ascontiguousarray(some, dtype="<f4").tobytes())
+            for numbers, some in rows(span):
+                edges = np.flatnonzero(np.diff(numbers) != 1) + 1
+                runs = zip(np.split(numbers, edges), np.split(some, edges), strict=True)
+                for places, values in runs:
+                    file.seek(int(places[0]) * row_bytes)
+                    file.write(np.ascontiguousarray(values, dtype="<f4").tobytes())
                 num_rows += len(some)
                 advance(len(some))
         checksum = sha256(part)
