@@ -328,9 +328,12 @@ def test_a_text_is_over_when_the_thread_is_done_with_it_and_not_before() -> None
     turns.add(lambda: iter(str(1 // 0)), lambda _: None, over)
     turns.add(lambda: iter("never"), happened.append, over).cancelled = True
     go_on.set()
-    while happened.count("over") < 3:
+    for _ in range(500):
+        if happened.count("over") == 3:
+            break
         time.sleep(0.01)
     turns.close()
+    assert happened.count("over") == 3
     assert happened[:4] == ["a", "counted", "over", None] and "n" not in happened
 
 
