@@ -185,14 +185,17 @@ def _row(one: Ablation, found: list[Numbers], corpus: Corpus) -> Numbers:
     }
     for part in corpus.held_out:
         row[part] = statistics.fmean(numbers["scores"][part]["loss"] for numbers in found)
-    verdicts = [judged["token"] + " / " + str(judged["sequence"]) for judged in judgements]
+    # a cell in token scope has no verdict in sequence scope
+    verdicts = [f"{judged['token']} / {judged['sequence'] or '-'}" for judged in judgements]
+    has_phase1 = one.kind is None and one.phase1 is not None
+    has_cache = "freeze_context" in one.phase2 or one.model.get("scope") == "token"
     return row | {
         "verdicts": ", ".join(dict.fromkeys(verdicts)) or None,
         "sweeps": measured("sweeps"),
         "jacobian norm": measured("jacobian_norm"),
         "context length": measured("effective_context_length"),
         "decay length": measured("decay_length"),
-        "Phase 1, s": median("seconds_phase1"),
-        "cache, s": median("seconds_cache"),
+        "Phase 1, s": median("seconds_phase1") if has_phase1 else None,
+        "cache, s": median("seconds_cache") if has_cache else None,
         "tokens/s": statistics.median(n["tokens_seen"] / n["seconds"] for n in found),
     }

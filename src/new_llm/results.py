@@ -27,7 +27,8 @@ CAPTIONS = {
     "Phase 1 included; a step is timed in turns, on one thread.",
     "quality, memory": "What all that was said is worth beyond a context rebuilt from the last "
     "tokens, nats a token, in the longest held-out dialogues; paired, 95 % interval.",
-    "ablations, phases": "The default with one thing changed. Verdicts: token / sequence scope.",
+    "ablations, phases": "The default with one thing changed. Verdicts: token / sequence scope. "
+    "Seconds and speeds are medians on one thread beside other trainings: a guide, no more.",
     "ablations, coupling": "The limit on the coupling q2; at 0 the recurrence is linear.",
     "ablations, coupling without Phase 1": "The same, and nothing else that holds contraction.",
     "ablations, recipe": "Ours and peers of as many parameters, by the optimiser of the comparison "
