@@ -323,7 +323,8 @@ def test_text_needs_long_dialogues(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name in KINDS if not name.startswith("cured")])
 def test_the_doctor_names_models_that_were_made_to_have_a_verdict(name: str) -> None:
-    assert examine(name, seed=11) == KINDS[name].verdict
+    for seed in (3, 11):  # one draw may be lucky
+        assert examine(name, seed=seed) == KINDS[name].verdict
 
 
 def test_an_unknown_experiment_is_named() -> None:

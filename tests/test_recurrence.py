@@ -45,8 +45,8 @@ def expanding() -> ConvexCell:
     """Return a cell whose delta doubles differences, on purpose."""
     cell = ConvexCell(C, E, H, coupling_limit=40.0).double().eval()
     with torch.no_grad():
-        cell.from_context.weight.mul_(3.0)
-        cell.to_delta.weight.mul_(3.0)
+        cell.from_context.weight.mul_(4.0)
+        cell.to_delta.weight.mul_(4.0)
         cell.to_forget.bias.fill_(-4.0)
     cell.sharpen()
     return cell

@@ -89,6 +89,9 @@ def ablations() -> Iterator[Ablation]:
         table="coupling", name="0, its idle weights given to the MLPs",
         model={"coupling_limit": 0.0}, filled=True,
     )  # fmt: skip
+    # what a certificate leaves of the coupling hangs on how near phi is to its steepest
+    for activation in ("silu", "tanh"):
+        yield Ablation(table="activation", name=activation, model={"activation": activation})
     # Phase 1 moves the coupling too
     for limit in (*LIMITS[2:], _NO_LIMIT):
         name = "none" if limit == _NO_LIMIT else f"{limit:g}"

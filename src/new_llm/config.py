@@ -101,8 +101,8 @@ class ModelConfig:
     """Clamp contexts of a seed cell to [-clip, clip]; only the clipping experiment uses it."""
     initialisation: Literal["normal", "torch", "orthogonal"] = "orthogonal"
     """Seed cells: N(0, 0.02) with zero biases (the seeds), PyTorch's default, or orthogonal."""
-    activation: Literal["silu", "gelu", "tanh"] = "silu"
-    """Smooth activation of ConvexCell, of known Lipschitz constant."""
+    activation: Literal["elu", "silu", "gelu", "tanh"] = "elu"
+    """Activation of ConvexCell, of known Lipschitz constant and with a continuous slope."""
     coupling_limit: float = 0.95
     """ConvexCell keeps q2 = Lip(phi) * norm2(W_d) * norm2(W_c) under this; 0 means W_c = 0."""
     certified: bool = False

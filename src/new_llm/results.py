@@ -30,6 +30,8 @@ CAPTIONS = {
     "ablations, phases": "The default with one thing changed. Verdicts: token / sequence scope. "
     "Seconds and speeds are medians on one thread beside other trainings: a guide, no more.",
     "ablations, coupling": "The limit on the coupling q2; at 0 the recurrence is linear.",
+    "ablations, activation": "The default, whose cell has ELU, with another activation; the limit "
+    "on q2 counts its steepest slope.",
     "ablations, coupling without Phase 1": "The same, and nothing else that holds contraction.",
     "ablations, recipe": "Ours and peers of as many parameters, by the optimiser of the comparison "
     "(Muon) and by AdamW; an LSTM's gates begin at time-scales as ours do, unless said.",
