@@ -1,7 +1,6 @@
 """What a finished run tells others: the card of its checkpoint, and trackers."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,10 @@ def test_a_card_says_what_was_trained_and_found(finished: Path) -> None:
     # nothing of the machine that it was trained on
     assert str(finished.parent) not in card.content
     assert f"seen {result['tokens_seen']:,}" in card.text
-    assert re.search(r"q2 0\.\d{3}, q_inf \d+\.\d \(proved\)", card.text)
+    config = json.loads((finished / "checkpoint" / "config.json").read_text())
+    for k, found in enumerate(config["contraction"]):
+        proved = f"q2 {found['q2']:.3f}, q_inf {found['q_inf']:.1f} (proved)"
+        assert f"| contraction of block {k + 1} | {proved}; " in card.text
 
 
 def test_a_checkpoint_that_was_not_judged_has_a_card_that_says_so(tmp_path: Path) -> None:

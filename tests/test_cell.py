@@ -150,7 +150,8 @@ def test_coupling_stays_under_its_limit_through_training() -> None:
         # the estimate follows the weights and may lag by a few per cent at so large a step
         assert cell.coupling()["q2"] < 0.96
     cell.eval()
-    assert cell.coupling()["q2"] <= 0.9 * (1 + 1e-5)
+    # it pressed against the limit, or nothing was shown
+    assert 0.89 <= cell.coupling()["q2"] <= 0.9 * (1 + 1e-5)
 
 
 def test_zero_limit_is_a_linear_recurrence() -> None:

@@ -182,7 +182,8 @@ def test_certified_keeps_q_inf_under_the_limit_in_training() -> None:
         optimiser.step()
         assert cell.coupling()["q_inf"] <= 0.9 * (1 + 1e-5)
     cell.eval()
-    assert max(cell.coupling().values()) <= 0.9 * (1 + 1e-5)
+    # it pressed against the limit, or nothing was shown
+    assert 0.89 <= max(cell.coupling().values()) <= 0.9 * (1 + 1e-5)
 
 
 @pytest.mark.parametrize(

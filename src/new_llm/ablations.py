@@ -191,7 +191,7 @@ def _row(one: Ablation, found: list[Numbers], corpus: Corpus) -> Numbers:
     # a cell in token scope has no verdict in sequence scope
     verdicts = [f"{judged['token']} / {judged['sequence'] or '-'}" for judged in judgements]
     has_phase1 = one.kind is None and one.phase1 is not None
-    has_cache = "freeze_context" in one.phase2 or one.model.get("scope") == "token"
+    has_cache = one.phase2.get("freeze_context", False) or one.model.get("scope") == "token"
     return row | {
         "verdicts": ", ".join(dict.fromkeys(verdicts)) or None,
         "sweeps": measured("sweeps"),

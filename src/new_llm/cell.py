@@ -16,7 +16,7 @@ from torch import Tensor, nn
 # proved takes all units at their steepest, and costs the least where most of them are, as ELU's
 LIPSCHITZ = {"elu": 1.0, "silu": 1.0999, "gelu": 1.1290, "tanh": 1.0}
 ACTIVATIONS = {"elu": F.elu, "silu": F.silu, "gelu": F.gelu, "tanh": torch.tanh}
-# of numbers of ConvexCell's delta, and so of its contexts; in trained models the largest has half
+# of numbers of ConvexCell's delta, and so of its contexts; trained models have one in a million cut
 BOUND = 16.0
 # larger limits only bound the training: a larger start costs sweeps, and learns no better
 LARGEST_INITIAL_COUPLING = 0.5

@@ -89,8 +89,6 @@ def _two_attractors(draw: Draw) -> None:
     cell.from_context.weight[0] = draw.uniform(20.0, 40.0) * side / side.square().sum()
     cell.from_token.weight[0].zero_()
     cell.from_token.weight[1:].mul_(0.7)
-    # tokens stand apart on either side
-    cell.to_delta.weight.mul_(1.4)
     # a larger push would move contexts on both sides further apart than they were
     cell.to_delta.weight[:, 0] = draw.uniform(0.6, 0.9) * side
     _read_all(cell)
