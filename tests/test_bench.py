@@ -1,6 +1,7 @@
 """The benchmarks as a user runs them, at a size of seconds; what they claim is not tested here."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,8 @@ def test_a_long_benchmark_too(name: str, tmp_path: Path, monkeypatch: pytest.Mon
         (["engines", "--lengths", "0"], "at least 1"),
         (["quality", "--workers", "0"], "at least 1"),
         (["quality"], "add --out DIR"),
+        (["ablations", "--out", "q", "--width", "64"], "ablations takes --data"),
+        (["tasks", "--out", "q", "--tokens", "9"], "tasks takes --device, got --tokens"),
         (["quality", "--out", "q", "--data", "nowhere"], "train.jsonl"),
         (["sweeps", "--checkpoint", "nowhere"], "nowhere"),
         pytest.param(
@@ -103,5 +106,8 @@ def test_the_command_beside_a_table_says_what_was_asked() -> None:
     asked = Bench(
         console=quiet, device="cpu", data="/somewhere/ultrachat", lengths=(8, 16), width=16
     )
-    expected = "new-llm bench quality --data ultrachat --lengths 8 16 --width 16 --out DIR"
-    assert _command("quality", asked) == expected
+    expected = "new-llm bench engines --data ultrachat --lengths 8 16 --width 16"
+    assert _command("engines", asked) == expected
+    assert _command("quality", replace(asked, lengths=plain.lengths)) == (
+        "new-llm bench quality --data ultrachat --width 16 --out DIR"
+    )

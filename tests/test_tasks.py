@@ -13,7 +13,7 @@ from new_llm.config import Phase2Config, to_dict
 from new_llm.console import Console
 from new_llm.model import num_parameters
 from new_llm.quality import PEERS, build
-from new_llm.tasks import TASKS, Examples, LongMemory, by_distance, holds_until, solved
+from new_llm.tasks import TASKS, Examples, LongMemory, begun, by_distance, holds_until, solved
 
 
 def drawn(task: str, length: int, seed: int) -> Examples:
@@ -144,16 +144,18 @@ def test_rows_keep_the_learning_rate_that_holds_longest(
     ]
     assert asked.out is not None
     kept = [json.loads(path.read_text()) for path in (asked.out / "trials").iterdir()]
-    # both rates with a first seed, the better one with another, which Mamba does without
-    assert len(kept) == len(rows) * 3 - 1
+    # both rates and beginnings with a first seed, the best with another; Mamba has one of each
+    assert len(kept) == (len(rows) - 1) * 5 + 2
     for row, shape in zip(rows, asked.models(2).values(), strict=True):
         first = {
-            record["arguments"]["training"]["learning_rate"]: record["numbers"]["accuracy"]
+            (record["arguments"]["training"]["learning_rate"],
+             record["arguments"]["model"].get("longest_timescale")): record["numbers"]["accuracy"]
             for record in kept
-            if record["arguments"]["model"] == shape and record["arguments"]["seed"] == 0
-        }
-        reached = {rate: (holds_until(found), found["64"]) for rate, found in first.items()}
-        assert reached[row["learning_rate"]] == max(reached.values())
+            if record["arguments"]["model"] in begun(shape) and record["arguments"]["seed"] == 0
+        }  # fmt: skip
+        assert len(first) == (2 if row["model"] == "mamba" else 4)
+        reached = {way: (holds_until(found), found["64"]) for way, found in first.items()}
+        assert reached[row["learning_rate"], row["time-scales"]] == max(reached.values())
         assert len(row["holds until"]) == (1 if row["model"] == "mamba" else 2)
     monkeypatch.setattr("new_llm.tasks.solved", None)
     monkeypatch.setattr("new_llm.runner.Runner.key", lambda self, trial, given: _kept(asked, given))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import saved, small_model, store_of
-from new_llm import phase1, phase2
+from new_llm import phase1, phase2, resume
 from new_llm.cell import ConvexCell
 from new_llm.checkpoint import load_checkpoint, save_checkpoint
 from new_llm.config import Phase1Config, Phase2Config
@@ -19,7 +19,7 @@ from new_llm.console import Console
 from new_llm.errors import NonFiniteError
 from new_llm.evaluate import evaluate
 from new_llm.model import NewLLM
-from new_llm.resume import Keeper
+from new_llm.resume import Keeper, TrainingState
 from new_llm.watch import Watch, require_finite
 
 QUIET = Console(quiet=True)
@@ -186,3 +186,23 @@ def test_weights_that_are_no_numbers_do_not_take_the_place_of_a_checkpoint(tmp_p
     with pytest.raises(NonFiniteError, match=r"\(embedding\.weight: 1 of"):
         save_checkpoint(tmp_path / "c", loaded.model, loaded.tokenizer)
     assert (tmp_path / "c" / "model.safetensors").read_bytes() == before
+
+
+def test_the_seconds_of_a_training_are_those_of_all_processes_it_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(resume.time, "monotonic", lambda: now[0])
+    model = NewLLM(small_model(), 48)
+    first = Keeper(tmp_path / "t")
+    now[0] = 30.0
+    first.save("phase2", "step 1 of Phase 2", (model, []), TrainingState(values={}))
+    now[0] = 1000.0
+    second = Keeper(tmp_path / "t")
+    now[0] = 1005.0
+    second.alone().load((model, []))
+    now[0] = 1012.0
+    assert second.spent() == 42.0
+    second.begin()
+    now[0] = 1015.0
+    assert second.spent() == 3.0

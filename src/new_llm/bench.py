@@ -108,6 +108,13 @@ BENCHES: dict[str, Callable[[Bench], Rows]] = {
 }
 # keep their trials themselves, and take hours
 LONG = ("quality", "long", "ablations", "tasks")
+# options that these take; all else that they train is fixed
+_TAKEN = {
+    "quality": ("data", "width", "tokens", "device"),
+    "long": ("data", "tokens"),
+    "ablations": ("data", "tokens", "device"),
+    "tasks": ("device",),
+}
 
 
 def run_bench(
@@ -135,6 +142,8 @@ def run_bench(
     bench = Bench(console=console, out=out, **settings)
     if bench.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda needs a GPU that PyTorch sees, there is none; use cpu")
+    if name in LONG:
+        _refuse_others(name, bench)
     results = {}
     for chosen in [one for one in BENCHES if one not in LONG] if name == "all" else [name]:
         about = _about(bench)
@@ -162,13 +171,29 @@ def run_bench(
     return results
 
 
+def _asked(bench: Bench) -> dict[str, Any]:
+    """Return the settings that are not as they are by default."""
+    usual = Bench(console=bench.console, device="cpu")
+    parts = ("checkpoint", "data", "lengths", "batches", "width", "tokens", "device")
+    asked = {part: getattr(bench, part) for part in parts}
+    return {part: value for part, value in asked.items() if value != getattr(usual, part)}
+
+
+def _refuse_others(name: str, bench: Bench) -> None:
+    """Refuse what would be printed beside a table and not be obeyed."""
+    taken = _TAKEN[name]
+    for part in _asked(bench):
+        if part not in taken:
+            raise ConfigError(
+                f"bench {name} takes {', '.join(f'--{one}' for one in taken)}, got --{part}, which "
+                "it cannot obey; leave it out"
+            )
+
+
 def _command(name: str, bench: Bench) -> str:
     """Return what makes a table again; folders by their names, since they lie elsewhere."""
     words = []
-    for part in ("checkpoint", "data", "lengths", "batches", "width", "tokens", "device"):
-        value = getattr(bench, part)
-        if value == getattr(Bench(console=bench.console, device="cpu"), part):
-            continue
+    for part, value in _asked(bench).items():
         if part in ("checkpoint", "data"):
             value = Path(value).name
         words.append(f"--{part} " + (" ".join(map(str, value)) if isinstance(value, tuple)

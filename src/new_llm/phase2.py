@@ -77,6 +77,9 @@ class Phase2Result:
 
     num_steps: int
     tokens_seen: int
+    seconds: float
+    """Of all processes that it took, one after another where it was interrupted."""
+
     drift: float | None
     """Relative change of the fixed points since they were last rebuilt, token scope."""
 
@@ -662,6 +665,7 @@ class _Training:
             model=model,
             num_steps=self.step,
             tokens_seen=self.tokens_seen,
+            seconds=self.keeper.spent(),
             drift=self.drift if fresh is None else fresh,
         )
 

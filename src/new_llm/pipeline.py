@@ -123,10 +123,10 @@ class Run:
     @contextmanager
     def _recorded(self, name: str, begun: float | None = None) -> Iterator[dict[str, Any]]:
         """Yield a dict that becomes the stage's result, with its seconds, if all goes well."""
-        begun = time.monotonic() if begun is None else begun
+        self.keeper.begin(begun)
         result: dict[str, Any] = {}
         yield result
-        result["seconds"] = round(time.monotonic() - begun, 3)
+        result["seconds"] = round(self.keeper.spent(), 3)
         self.world.told(lambda: self.folder.write(self.folder.stage(name), result))
 
     def _log(self, row: dict[str, Any]) -> None:

@@ -263,7 +263,6 @@ def trained(
         cached = time.perf_counter()
         training = Path(kept or place) / "training"
         done = _predict(made, corpus, known, second, first, sequence_length, seed, training)
-    ended = time.perf_counter()
     made.eval()
     if checkpoint is not None and isinstance(made, NewLLM):
         save_checkpoint(Path(checkpoint), made, corpus.tokenizer())
@@ -278,7 +277,7 @@ def trained(
         "device": _device_name(device),
         "seconds_phase1": settled - begun,
         "seconds_cache": cached - settled,
-        "seconds": ended - cached,
+        "seconds": done.seconds,
         "scores": {name: score(made, part).to_dict() for name, part in corpus.held_out.items()},
         "rebuilt": _rebuilt(made, corpus, past_positions) if past_positions else None,
         "doctor": _judged(made, corpus) if isinstance(made, NewLLM) else None,
@@ -578,7 +577,8 @@ class Quality:
             for one in entrants
         }
         rows: list[Numbers] = [
-            {"table": "tuning", "model": one.name, "learning_rate": rate, "loss": loss,
+            {"table": "tuning", "model": one.name, "learning_rate": rate,
+             "loss": loss if math.isfinite(loss) else None,  # None where it diverged
              "kept": rates[one.name] == rate}
             for (one, rate), loss in zip(asked, losses, strict=True)
         ]  # fmt: skip
@@ -659,10 +659,13 @@ class Long:
             "past_positions": PAST_POSITIONS,
         }
         with opened(self.out, self.data, console=self.console, num_workers=1) as (corpus, runner):
-            places = {"folder": str(corpus.folder), "kept": str(self.out / "long"),
+            places = {"folder": str(corpus.folder),
                       "checkpoint": str(self.out / "long" / "checkpoint"),
                       "threads": threads}  # fmt: skip
-            found = runner.run("a long training", trained, [given], places=places)
+            found = runner.run(
+                "a long training", trained, [given], places=places,
+                unfinished=self.out / "unfinished",
+            )  # fmt: skip
             ours = Entrant(name="convex", model=given["model"], phase1=given["phase1"], num_seeds=1)
             rate = config.phase2.learning_rate
             judged = found[0]["doctor"]

@@ -30,7 +30,7 @@ from .files import (
 )
 from .watch import first_bad
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _KIND = "the state of a training"
 _VALUES = "state.json"
 
@@ -41,6 +41,15 @@ class TrainingState:
 
     values: dict[str, Any]
     tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class _Clock:
+    """Seconds of a training, over all processes that it took."""
+
+    begun: float
+    before: float = 0.0
+    """Seconds that led to the state that it goes on from."""
 
 
 Trained = tuple[nn.Module | None, Sequence[torch.optim.Optimizer]]
@@ -76,10 +85,22 @@ class Keeper:
         self.kept_at: str | None = None
         self._asked = False
         self._saved = time.monotonic()
+        self._clock = _Clock(begun=self._saved)
 
     def alone(self) -> "Keeper":
         """Return a keeper for what one process trains while the others wait."""
-        return Keeper(self.folder, seconds=self.seconds, owner=self.owner, length=self.length)
+        keeper = Keeper(self.folder, seconds=self.seconds, owner=self.owner, length=self.length)
+        keeper._clock = self._clock
+        return keeper
+
+    def begin(self, at: float | None = None) -> None:
+        """Let another training begin, now or at a time of `time.monotonic`."""
+        self._clock.begun = time.monotonic() if at is None else at
+        self._clock.before = 0.0
+
+    def spent(self) -> float:
+        """Return the seconds of the training, those before an interruption included."""
+        return self._clock.before + time.monotonic() - self._clock.begun
 
     def weights(self) -> Path:
         """Return the file of the weights that are kept."""
@@ -137,6 +158,7 @@ class Keeper:
             if mine is not None:
                 _set_random_state(device, mine)
         self.kept_at = values["at"]
+        self._clock.before = values["spent"]
         tensors = {name.removeprefix("extra."): value for name, value in extra.items()}
         return TrainingState(tensors=tensors, values=values)
 
@@ -168,6 +190,7 @@ class Keeper:
                 extra[f"random.{device.type}.{rank}"] = row.clone()
         values = state.values | {
             "phase": phase, "at": at, "owner": self.owner, "history": self.length(),
+            "spent": self.spent(),
         }  # fmt: skip
 
         def write() -> None:

@@ -21,6 +21,9 @@ from .files import read_sealed, remove_folder, write_sealed
 
 # of the result of a trial
 FORMAT_VERSION = 1
+# of the code that trains: raised where the same arguments would give other numbers (2: a smaller
+# coupling at the start), so that what an older version kept is not taken for them
+RECIPE = 2
 Numbers = dict[str, Any]
 
 
@@ -111,7 +114,7 @@ class Runner:
 
     def key(self, trial: Callable[..., Numbers], arguments: dict[str, Any]) -> str:
         """Return the name that a trial's numbers are kept by."""
-        return fingerprint([trial.__name__, arguments, self.basis])
+        return fingerprint([trial.__name__, arguments, self.basis, RECIPE])
 
     def _remembers(self, key: str) -> bool:
         kept = None if self.folder is None else self.folder / f"{key}.json"

@@ -9,7 +9,7 @@ in state-space models" (arXiv:2404.08819).
 """
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import permutations
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .config import ModelConfig, PeerConfig, Phase2Config, to_dict
+from .config import PeerConfig, Phase2Config, preset, scaled, to_dict
 from .console import Console
 from .errors import NonFiniteError
 from .model import LanguageModel, num_parameters, token_losses
@@ -31,6 +31,8 @@ HELD = 0.9
 # texts train on distances up to this, and are asked up to LONGEST
 TRAINED = 64
 LONGEST = 2048
+# of the slowest unit, in tokens, at the start: tried beside how gates usually begin
+LONG_TIMESCALE = 1000.0
 _SHORTEST = 4
 
 
@@ -238,57 +240,52 @@ class LongMemory:
 
     def run(self) -> list[Numbers]:
         """Train what is not kept yet; return a row a task and model."""
-        models = {task: self.models(given.vocab_size) for task, given in TASKS.items()}
-        pairs = [(task, name) for task in TASKS for name in models[task]]
+        ways = {
+            (task, name): [(shape, rate) for shape in begun(model) for rate in self.learning_rates]
+            for task, given in TASKS.items()
+            for name, model in self.models(given.vocab_size).items()
+        }
         with Runner(
             console=self.console,
             folder=None if self.out is None else self.out / "trials",
             num_workers=self.num_workers,
         ) as runner:
 
-            def solve(title: str, asked: list[tuple[str, str, float, int]]) -> list[Numbers]:
-                return runner.run(
-                    title,
-                    solved,
-                    [self._arguments(task, models[task][name], rate, seed)
-                     for task, name, rate, seed in asked],
-                    places={"device": self.device},
-                )  # fmt: skip
+            def solve(title: str, asked: list[Numbers]) -> Iterator[Numbers]:
+                return iter(runner.run(title, solved, asked, places={"device": self.device}))
 
-            # a first seed chooses the learning rate of each, all seeds are trained with it
-            tuning = [(*pair, rate) for pair in pairs for rate in self.learning_rates]
-            tried = solve("learning rates", [(*one, 0) for one in tuning])
-            best = {
-                pair: max(
-                    (_reached(numbers), -rate)
-                    for (task, name, rate), numbers in zip(tuning, tried, strict=True)
-                    if (task, name) == pair
-                )
-                for pair in pairs
-            }
-            rates = {pair: -negative for pair, (_, negative) in best.items()}
+            # a first seed chooses how each begins and its learning rate, for all seeds
+            tried = solve(
+                "time-scales and learning rates",
+                [self._arguments(pair[0], *way, 0) for pair, each in ways.items() for way in each],
+            )
+            best: dict[tuple[str, str], tuple[Numbers, float]] = {}
+            for pair, each in ways.items():
+                reached = [_reached(next(tried)) for _ in each]
+                best[pair] = each[reached.index(max(reached))]
             # its step takes five times as long as the others'
-            seeds = {pair: range(1 if pair[1] == "mamba" else self.num_seeds) for pair in pairs}
-            final = [(*pair, rates[pair], seed) for pair in pairs for seed in seeds[pair]]
-            found = iter(solve("long memory", final))
-            return [_row(*pair, rates[pair], [next(found) for _ in seeds[pair]]) for pair in pairs]
+            seeds = {pair: range(1 if pair[1] == "mamba" else self.num_seeds) for pair in ways}
+            found = solve(
+                "long memory",
+                [self._arguments(pair[0], *way, seed)
+                 for pair, way in best.items() for seed in seeds[pair]],
+            )  # fmt: skip
+            return [
+                _row(*pair, *way, [next(found) for _ in seeds[pair]]) for pair, way in best.items()
+            ]
 
     def _arguments(self, task: str, model: Numbers, learning_rate: float, seed: int) -> Numbers:
         """Return what `solved` is given."""
         training = Phase2Config(
             batch_size=32, warmup_steps=100, learning_rate=learning_rate,
             max_steps=self.num_steps, min_steps=self.num_steps,
+            muon_precision="float32",  # on every CPU the same
         )  # fmt: skip
         return {"task": task, "model": model, "training": to_dict(training), "seed": seed}
 
     def models(self, vocab_size: int) -> dict[str, Numbers]:
         """Return ours at three limits of its coupling, and its peers, equally large."""
-        shape = ModelConfig(
-            context_width=self.width,
-            embedding_width=self.width,
-            hidden_width=self.width,
-            mlp_width=4 * self.width // 3,
-        )
+        shape = scaled(preset("convex").model, self.width)
         limits = {"convex": shape.coupling_limit, "convex, W_c = 0": 0.0, "convex, no limit": 100.0}
         found = {
             name: to_dict(replace(shape, coupling_limit=limit)) for name, limit in limits.items()
@@ -297,12 +294,22 @@ class LongMemory:
             wanted = num_parameters(build(found["convex"], vocab_size))
         for kind in PEERS:
             carried = 16 if kind == "mamba" else self.width
-            # gates that keep for long from the start do not learn parity
+            # attention reaches a whole text
             shaped = PeerConfig(kind=kind, embedding_width=self.width, width=carried,
-                                longest_timescale=None)  # fmt: skip
+                                window=2 * LONGEST, longest_timescale=None)  # fmt: skip
             bare = to_dict(shaped)
             found[kind] = matched(bare, wanted, vocab_size)
         return found
+
+
+def begun(model: Numbers) -> list[Numbers]:
+    """Return a shape as its gates usually begin, and with long time-scales where it has any.
+
+    What lies a thousand tokens back needs gates that keep; such gates do not learn parity.
+    """
+    if model.get("kind") in ("gpt", "mamba"):
+        return [model]
+    return [model, model | {"longest_timescale": LONG_TIMESCALE}]
 
 
 def _reached(numbers: Numbers) -> tuple[int, float]:
@@ -310,13 +317,16 @@ def _reached(numbers: Numbers) -> tuple[int, float]:
     return holds_until(numbers["accuracy"]), numbers["accuracy"][str(TRAINED)]
 
 
-def _row(task: str, name: str, learning_rate: float, found: list[Numbers]) -> Numbers:
+def _row(
+    task: str, name: str, model: Numbers, learning_rate: float, found: list[Numbers]
+) -> Numbers:
     """Return one row: how far each seed holds, and mean shares of right answers by distance."""
     row: Numbers = {
         "table": task,
         "model": name,
         "parameters": found[0]["parameters"],
         "learning_rate": learning_rate,
+        "time-scales": model["longest_timescale"] if len(begun(model)) > 1 else None,
         "holds until": [holds_until(numbers["accuracy"]) for numbers in found],
     }
     for distance in found[0]["accuracy"]:
