@@ -82,6 +82,7 @@ def test_rows_are_trained_judged_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
     # what did not happen took no time
     assert rows["minGRU"]["Phase 1, s"] is None and rows["default"]["cache, s"] is None
     assert rows["default"]["Phase 1, s"] > 0.0
+    assert rows["default"]["trained on"].startswith("CPU with ")
     assert rows["default"]["sweeps"] >= 1.0 and rows["default"]["spread"] > 0.0
     kept = [json.loads(path.read_text()) for path in (tmp_path / "trials").iterdir()]
     assert len(kept) == 2 * len(CHOSEN)

@@ -11,7 +11,7 @@ import torch
 from .config import PeerConfig, RunConfig, from_dict, preset, to_dict
 from .console import Console
 from .model import num_parameters
-from .quality import Corpus, build, matched, mixed_loss, num_steps, opened, trained
+from .quality import Corpus, build, matched, mixed_loss, num_steps, opened, places_of, trained
 from .runner import Numbers
 
 LIMITS = (0.0, 0.25, 0.5, 1.0, 2.0)
@@ -170,7 +170,7 @@ def _row(one: Ablation, found: list[Numbers], corpus: Corpus) -> Numbers:
         return statistics.median(numbers[name] for numbers in found)
 
     def measured(name: str) -> float | None:
-        """Return the median over seeds of the largest of any block."""
+        """Return the median over seeds of the larger block's; a norm is the mean over contexts."""
         each = [
             [value for key, value in judged["measurements"].items()
              if key.rpartition(": ")[2] == name]
@@ -201,4 +201,5 @@ def _row(one: Ablation, found: list[Numbers], corpus: Corpus) -> Numbers:
         "Phase 1, s": median("seconds_phase1") if has_phase1 else None,
         "cache, s": median("seconds_cache") if has_cache else None,
         "tokens/s": statistics.median(n["tokens_seen"] / n["seconds"] for n in found),
+        "trained on": places_of(found),
     }

@@ -336,7 +336,7 @@ class ConvexCell(ContextCell):
         nn.init.zeros_(self.from_token.bias)
         # orthogonal: Gaussian weights at the same q2 leave delta nearly blind to the context
         start = min(self.coupling_limit, LARGEST_INITIAL_COUPLING) / LIPSCHITZ[self.activation]
-        # certified: dense rows would have a q_inf of hundreds, one number a row has that of q2
+        # certified: dense rows would have a q_inf of 60 and more, one number a row has that of q2
         draw = _signed_permutation_ if self.certified else nn.init.orthogonal_
         draw(self.from_context.weight, gain=math.sqrt(start))
         draw(self.to_delta.weight, gain=math.sqrt(start) if start else 1.0)

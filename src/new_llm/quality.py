@@ -759,4 +759,14 @@ def _row(
         row[part] = mean(part, "loss")
         row[f"{part}, bits a byte"] = mean(part, "bits_per_byte")
         row[f"{part}, assistant"] = mean(part, "loss_assistant")
+    row["trained on"] = places_of(found)
     return row
+
+
+def places_of(found: list[Numbers]) -> str:
+    """Return on what trials were computed, which may be several machines.
+
+    >>> places_of([{"device": "CPU with AVX512"}, {"device": "NVIDIA H100"}, {}])
+    'CPU with AVX512, NVIDIA H100, CPU'
+    """
+    return ", ".join(dict.fromkeys(numbers.get("device") or "CPU" for numbers in found))
