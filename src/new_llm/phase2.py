@@ -77,7 +77,7 @@ class Phase2Result:
 
     num_steps: int
     tokens_seen: int
-    seconds: float
+    seconds: float = field(compare=False)
     """Of all processes that it took, one after another where it was interrupted."""
 
     drift: float | None
