@@ -1,6 +1,7 @@
 """The benchmarks as a user runs them, at a size of seconds; what they claim is not tested here."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from helpers import reseal
 from new_llm.baselines import GPTBlock, MinGRU
 from new_llm.bench import BENCHES, LONG, _command
 from new_llm.cli import main
-from new_llm.console import Console
+from new_llm.console import Console, format_cell
 from new_llm.speed import Bench
 
 SMALL = "--lengths 16 64 --batches 1 2 --tokens 12000 --width 64 --quiet".split()
@@ -97,6 +98,23 @@ def test_a_gpt_block_sees_no_later_position() -> None:
     before = block(x)[:, :4]
     x[:, 4:] += 1.0
     torch.testing.assert_close(block(x)[:, :4], before)
+
+
+@pytest.mark.parametrize("width", [50, 70, 140, 400])
+def test_no_cell_of_a_wide_table_is_cut(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    columns = ["model", *(f"a column's name {i}" for i in range(12))]
+    rows = [[f"model {k}", *(k + i / 7 for i in range(12))] for k in range(6)]
+    Console(quiet=True).table("wide", columns, rows)
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= width
+    shown = [part.strip() for line in said.splitlines() for part in re.split("[│┃]", line)]
+    for text in (format_cell(value) for row in (columns, *rows) for value in row):
+        assert text in shown
+    # as it is where it fits
+    assert ("wide (2)" in said) == (width < 140)
 
 
 def test_the_command_beside_a_table_says_what_was_asked() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
+from rich.cells import cell_len
 from rich.console import Console as RichConsole
 from rich.progress import (
     BarColumn,
@@ -116,14 +117,45 @@ class Console:
         self._rich.print(text, markup=False, style="dim")
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Print a table of the result."""
-        table = Table(title=title, title_justify="left")
-        for number, name in enumerate(columns):
-            first = number == 0
-            table.add_column(name, justify="left" if first else "right", no_wrap=not first)
-        for row in rows:
-            table.add_row(*(format_cell(value) for value in row))
-        self._rich.print(table)
+        """Print a table of the result; turned, some rows after others, where it is too wide."""
+        lines = [list(columns), *([format_cell(value) for value in row] for row in rows)]
+        if _width(lines) <= self._rich.width or len(columns) < 3 or not rows:
+            self._rich.print(_table(title, lines))
+            return
+        head, left, part = lines[0], lines[1:], 0
+        while left:
+            count = len(left)
+            while count > 1 and _width(_turned([head, *left[:count]]), 0) > self._rich.width:
+                count -= 1
+            part += 1
+            more = part > 1 or count < len(left)
+            named = f"{title} ({part})" if more else title
+            self._rich.print(_table(named, _turned([head, *left[:count]]), 0))
+            left = left[count:]
+
+
+def _turned(lines: list[list[str]]) -> list[list[str]]:
+    """Return columns as lines."""
+    return [list(line) for line in zip(*lines, strict=True)]
+
+
+def _width(lines: list[list[str]], breaking: int = 1) -> int:
+    """Return the columns of a terminal that a table takes, whose first may break its lines."""
+    columns = _turned(lines)
+    words = [[word for cell in column for word in cell.split()] for column in columns[:breaking]]
+    widest = (max(map(cell_len, [*column, ""])) for column in (*words, *columns[breaking:]))
+    return sum(width + 3 for width in widest) + 1
+
+
+def _table(title: str, lines: list[list[str]], breaking: int = 1) -> Table:
+    """Return a table for a terminal, the first line its head; so many columns may break lines."""
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(lines[0]):
+        side = "left" if number == 0 else "right"
+        table.add_column(name, justify=side, no_wrap=number >= breaking)
+    for line in lines[1:]:
+        table.add_row(*line)
+    return table
 
 
 def printable(text: str) -> str:
