@@ -271,6 +271,13 @@ def test_a_trial_that_was_stopped_goes_on(
     assert not any((tmp_path / "unfinished").iterdir())
 
 
+def test_what_older_code_kept_is_not_taken_for_todays(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Runner(console=QUIET, basis="corpus")
+    now = runner.key(quality.trained, {"seed": 0})
+    monkeypatch.setattr("new_llm.runner.RECIPE", 1)
+    assert runner.key(quality.trained, {"seed": 0}) != now
+
+
 def _key(given: dict[str, object], kept: list[Path]) -> str:
     for path in kept:
         record = json.loads(path.read_text())
@@ -295,6 +302,10 @@ def test_a_long_training_goes_on_and_leaves_its_model(
     asked = Long(console=QUIET, out=tmp_path, tokens=6 * 2048)
     with pytest.raises(RuntimeError):
         asked.run()
+    # what another training left is not gone on from
+    replace(asked, tokens=2 * 2048).run()
+    assert done == [0, 1, 2, 3, 0, 1]
+    del done[4:]
     rows = asked.run()
     assert done == [0, 1, 2, 3, 3, 4, 5]
     (ours,) = [row for row in rows if row["model"] == "convex" and row["table"] == "losses"]

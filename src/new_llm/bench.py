@@ -106,15 +106,14 @@ BENCHES: dict[str, Callable[[Bench], Rows]] = {
     "ablations": ablations,
     "tasks": tasks,
 }
-# keep their trials themselves, and take hours
-LONG = ("quality", "long", "ablations", "tasks")
-# options that these take; all else that they train is fixed
+# keep their trials themselves, and take hours: which options they take, all else is fixed
 _TAKEN = {
     "quality": ("data", "width", "tokens", "device"),
     "long": ("data", "tokens"),
     "ablations": ("data", "tokens", "device"),
     "tasks": ("device",),
 }
+LONG = tuple(_TAKEN)
 
 
 def run_bench(
