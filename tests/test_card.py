@@ -55,9 +55,11 @@ def test_a_checkpoint_that_was_not_judged_has_a_card_that_says_so(tmp_path: Path
     assert "contraction of block 2" in card
 
 
-@pytest.mark.parametrize(("length", "said"), [(64.0, "about\n  64 tokens"), (256.0, None)])
+@pytest.mark.parametrize(
+    ("length", "said"), [(64.0, "about\n  64 tokens"), (256.0, None), (None, None)]
+)
 def test_a_card_says_how_far_back_it_remembers_only_where_that_was_found(
-    length: float, said: str | None, finished: Path, tmp_path: Path
+    length: float | None, said: str | None, finished: Path, tmp_path: Path
 ) -> None:
     from new_llm.card import write_card
     from new_llm.config import preset
@@ -166,7 +168,9 @@ class _Forgets:
         ({1: 6.0, 8: 0.0}, 8.0),
         # tokens of two or three lose nothing, by chance; older ones do
         ({1: 6.0, 2: 0.0, 4: 6.0, 64: 0.0}, 64.0),
-        ({1: 6.0}, 256.0),
+        # 0.015 nats, which those that lose nothing in any case must not thin out
+        ({1: 6.0, 32: 1.25, 128: 0.0}, 128.0),
+        ({1: 6.0, 257: 0.0}, 256.0),
     ],
 )
 def test_the_effective_length_is_where_nothing_is_lost_from_then_on(
@@ -174,13 +178,16 @@ def test_the_effective_length_is_where_nothing_is_lost_from_then_on(
 ) -> None:
     ids = torch.randint(50, (2, 1024))
     starts = torch.zeros_like(ids, dtype=torch.bool)
+    # one long dialogue, and short ones that begin where contexts are zeroed
+    starts[0, 0], starts[1, ::256] = True, True
     model: Any = _Forgets(lost, 50)
-    # nothing is zeroed in the whole text, but for its begin
-    whole = _Forgets({1: 0.0}, 50)
+    assert memory_gain(model, ids, starts, torch.ones_like(starts))[1] == length
 
-    def read(ids: torch.Tensor, *, starts: torch.Tensor, real: torch.Tensor) -> Any:
-        return (model if starts.any() else whole)(ids, starts=starts, real=real)
 
-    read.readout = model.readout  # pyright: ignore[reportFunctionMemberAccess]
-    asked: Any = read
-    assert memory_gain(asked, ids, starts, torch.ones_like(starts))[1] == length
+def test_short_dialogues_do_not_tell_how_far_a_context_reaches() -> None:
+    ids = torch.randint(50, (2, 256))
+    starts = torch.zeros_like(ids, dtype=torch.bool)
+    starts[:, 0] = True
+    model: Any = _Forgets({1: 6.0, 8: 0.0}, 50)
+    gain, length = memory_gain(model, ids, starts, torch.ones_like(starts))
+    assert gain > 1.0 and length is None

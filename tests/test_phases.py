@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from helpers import small_model, store_of
-from new_llm import cache, phase1, phase2
+from new_llm import cache, evaluate, phase1, phase2
 from new_llm.cell import LayerwiseCell, SequentialCell
 from new_llm.config import PeerConfig, Phase1Config, Phase2Config, SolverConfig
 from new_llm.console import Console
 from new_llm.data import SegmentStream, held_out_ids
 from new_llm.errors import DamagedCacheError, NonFiniteError, StaleCacheError
 from new_llm.evaluate import sequence_verdict, token_verdict
+from new_llm.measurements import lyapunov_exponent
 from new_llm.model import NewLLM
 from new_llm.optimiser import Muon
 from new_llm.peers import Peer
@@ -42,6 +43,18 @@ def text(count: int = 12, seed: int = 0) -> list[list[int]]:
             ids.append((ids[-1] + jump) % V)
         texts.append(ids)
     return texts
+
+
+def test_the_literal_loop_looks_up_its_tokens_where_the_cell_lies() -> None:
+    asked = []
+
+    def embed(ids: torch.Tensor) -> torch.Tensor:
+        asked.append(ids.device.type)
+        return torch.zeros(len(ids), 4, device=ids.device)
+
+    cell = LayerwiseCell(6, 4, 8, num_layers=2).to("meta")
+    phase1._Literal(cell, embed, [np.array([3, 1, 4, 1])], Phase1Config())
+    assert asked == ["meta"]
 
 
 def test_the_literal_loop_is_the_documents_loop() -> None:
@@ -521,6 +534,42 @@ def test_a_model_that_ignores_its_context_is_amnesic() -> None:
     diagnosis = sequence_verdict(model, store_of(text(20)), trained=True)
     assert "amnesic" in diagnosis.verdicts
     assert "amnesic" not in sequence_verdict(model, store_of(text(20)), trained=False).verdicts
+
+
+def test_a_model_of_nan_is_judged_too() -> None:
+    model = make("convex").train()
+    with torch.no_grad():
+        model.cells()[-1].to_delta.weight[0, 0] = torch.nan  # pyright: ignore
+    assert token_verdict(model).verdict == "non_finite"
+    assert sequence_verdict(model, store_of(text(20)), trained=True).verdict == "non_finite"
+    assert model.training
+
+
+def test_small_differences_are_carried_along_contexts_that_the_model_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, store, bases = make("convex").eval(), store_of(text(20)), []
+
+    def watched(step: Any, initial: torch.Tensor, counted: torch.Tensor) -> Any:
+        rows: list[torch.Tensor] = []
+
+        def seen(context: torch.Tensor, t: int) -> torch.Tensor:
+            updated = step(context, t)
+            rows.append(updated[: len(initial)])
+            return updated
+
+        found = lyapunov_exponent(seen, initial, counted)
+        bases.append(torch.stack(rows, dim=1))
+        return found
+
+    monkeypatch.setattr(evaluate, "lyapunov_exponent", watched)
+    sequence_verdict(model, store, trained=True)
+    ids, starts, real = evaluate._diagnosed_text(store, torch.device("cpu"))
+    assert starts[:, 1:].any()
+    zero = model.initial_context(len(ids))
+    _, contexts = model.stream_contexts(ids, zero, starts=starts, real=real)
+    for base, expected in zip(bases, contexts, strict=True):
+        torch.testing.assert_close(base[real], expected[real])
 
 
 @pytest.mark.parametrize(("width", "counts"), [(256, False), (384, True)])

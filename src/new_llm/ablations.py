@@ -173,7 +173,7 @@ def _row(one: Ablation, found: list[Numbers], corpus: Corpus) -> Numbers:
         """Return the median over seeds of the larger block's; a norm is the mean over contexts."""
         each = [
             [value for key, value in judged["measurements"].items()
-             if key.rpartition(": ")[2] == name]
+             if key.rpartition(": ")[2] == name and value is not None]
             for judged in judgements
         ]  # fmt: skip
         return statistics.median(map(max, each)) if each and all(each) else None

@@ -92,4 +92,4 @@ def _reach(result: dict[str, Any]) -> float | None:
     found = [row["value"] for name, row in rows.items()
              if name.rpartition(": ")[2] == "effective_context_length"]  # fmt: skip
     # a text that is still worth something as far back as was looked has no such number
-    return next((value for value in found if value < LONGEST_REACH), None)
+    return next((value for value in found if value is not None and value < LONGEST_REACH), None)

@@ -361,6 +361,8 @@ class ConvexCell(ContextCell):
     def sharpen(self) -> None:
         """Set the singular directions, on which the limit rests, from a full decomposition."""
         for weight, directions, leader in self._coupled():
+            if not (weight.is_meta or torch.isfinite(weight).all()):
+                continue  # contexts are NaN then, and whoever computes them says so
             values, vectors = torch.linalg.svd(weight.float())[1:]
             directions.copy_(vectors[: directions.shape[1]].T)
             # a decomposition picks any of those that are nearly as large; only a lost one goes

@@ -254,8 +254,7 @@ def diagnose_tokens(subject: TokenSubject, thresholds: Thresholds = THRESHOLDS) 
     sheet.note("tokens", len(delivered))
     sheet.note("tokens_drawn_from", subject.population or len(delivered))
     if not torch.isfinite(delivered).all():
-        sheet.judge("finite", 0.0, "1", False, "non_finite")
-        return sheet.conclude("token")
+        return non_finite("token")
     settled = subject.settle(torch.zeros_like(delivered))
     contexts = settled.context
     seed_change = measure(apply(delivered, all_rows), delivered, "mse")
@@ -346,8 +345,7 @@ def diagnose_sequence(subject: SequenceSubject, thresholds: Thresholds = THRESHO
     rules, contexts = thresholds, subject.contexts
     sheet = _Sheet(rules)
     if not torch.isfinite(contexts).all():
-        sheet.judge("finite", 0.0, "1", False, "non_finite")
-        return sheet.conclude("sequence")
+        return non_finite("sequence")
     sheet.judge_size(contexts)
     cosine = mean_cosine(contexts)
     sheet.judge_spread(cosine, relative_spread(contexts))
@@ -378,11 +376,22 @@ def diagnose_sequence(subject: SequenceSubject, thresholds: Thresholds = THRESHO
     return sheet.conclude("sequence", portrait)
 
 
+def non_finite(scope: str) -> Diagnosis:
+    """Return the diagnosis of contexts that became NaN or infinite, of which nothing is measured.
+
+    >>> non_finite("token").verdict
+    'non_finite'
+    """
+    sheet = _Sheet(THRESHOLDS)
+    sheet.judge("finite", 0.0, "1", False, "non_finite")
+    return sheet.conclude(scope)
+
+
 def with_memory(
     diagnosis: Diagnosis,
     *,
     gain_nats: float,
-    context_length: float,
+    context_length: float | None,
     trained: bool,
     thresholds: Thresholds = THRESHOLDS,
 ) -> Diagnosis:
@@ -391,7 +400,8 @@ def with_memory(
     Args:
         diagnosis: of the sequence scope.
         gain_nats: loss with the context zeroed one token back, less the loss with it.
-        context_length: tokens of context after which more gains less than the threshold.
+        context_length: tokens of context after which more gains less than the threshold; None
+            where texts are too short to tell.
         trained: whether Phase 2 has been.
         thresholds: the rules.
     """

@@ -25,10 +25,11 @@ from .doctor import (
     TokenSubject,
     diagnose_sequence,
     diagnose_tokens,
+    non_finite,
     with_memory,
     worst,
 )
-from .errors import DataError
+from .errors import DataError, NonFiniteError
 from .measurements import LONGEST_REACH, Map, lyapunov_exponent, read_back
 from .model import LanguageModel, ModelOutput, NewLLM, solve_tokens, token_losses
 from .recurrence import Engine, sweep
@@ -220,8 +221,22 @@ def token_verdict(model: NewLLM, ids: Tensor | None = None) -> Diagnosis:
     Without `ids` 4C of those that Phase 1 never trains on, evenly over the vocabulary: the work
     does not grow with it. How many there are to choose from stands among the measurements.
     """
+    return _judged(model, "token", lambda: _of_tokens(model, ids))
+
+
+def _judged(model: NewLLM, scope: str, judge: Callable[[], Diagnosis]) -> Diagnosis:
+    """Return a verdict of a model as it is in use; that of NaN is one too."""
     was_training = model.training
     model.eval()
+    try:
+        return judge()
+    except NonFiniteError:
+        return non_finite(scope)
+    finally:
+        model.train(was_training)
+
+
+def _of_tokens(model: NewLLM, ids: Tensor | None) -> Diagnosis:
     population = None
     if ids is None:
         width = model.config.context_width
@@ -249,7 +264,6 @@ def token_verdict(model: NewLLM, ids: Tensor | None = None) -> Diagnosis:
             population=population,
         )
         diagnoses.append(_of_ids(diagnose_tokens(subject), ids))
-    model.train(was_training)
     return worst(diagnoses)
 
 
@@ -270,8 +284,10 @@ def _at_rows(
 @torch.no_grad()
 def sequence_verdict(model: NewLLM, store: TokenStore, *, trained: bool) -> Diagnosis:
     """Judge the contexts carried through held-out dialogues; `trained`: after Phase 2."""
-    was_training = model.training
-    model.eval()
+    return _judged(model, "sequence", lambda: _of_text(model, store, trained=trained))
+
+
+def _of_text(model: NewLLM, store: TokenStore, *, trained: bool) -> Diagnosis:
     ids, starts, real = _diagnosed_text(store, model.embedding.weight.device)
     zero = model.initial_context(len(ids))
     inputs, contexts = model.stream_contexts(ids, zero, starts=starts, real=real)
@@ -299,7 +315,11 @@ def sequence_verdict(model: NewLLM, store: TokenStore, *, trained: bool) -> Diag
             weights: Any = weights,
         ) -> Tensor:
             copies = len(context) // len(carried)
-            return cell.update(context, carried[:, t].repeat(copies, 1), weights)
+            # where a dialogue begins the first run begins anew, the others as far from it as before
+            left = context[: len(carried)] * starts[:, t, None]
+            return cell.update(
+                context - left.repeat(copies, 1), carried[:, t].repeat(copies, 1), weights
+            )
 
         exponent, decay = lyapunov_exponent(step, initial, carried_on)
         small = (decay < math.exp(-1.0)).nonzero()
@@ -320,7 +340,6 @@ def sequence_verdict(model: NewLLM, store: TokenStore, *, trained: bool) -> Diag
         )
         diagnoses.append(_of_ids(diagnose_sequence(subject), ids[real]))
     gain, length = memory_gain(model, ids, starts, real)
-    model.train(was_training)
     return with_memory(worst(diagnoses), gain_nats=gain, context_length=length, trained=trained)
 
 
@@ -350,13 +369,16 @@ def _diagnosed_text(store: TokenStore, device: torch.device) -> tuple[Tensor, Te
 
 
 @torch.no_grad()
-def memory_gain(model: NewLLM, ids: Tensor, starts: Tensor, real: Tensor) -> tuple[float, float]:
+def memory_gain(
+    model: NewLLM, ids: Tensor, starts: Tensor, real: Tensor
+) -> tuple[float, float | None]:
     """Return what the carried context is worth, nats a token, and how far back it reaches.
 
     The first is the loss with the context zeroed before every token, less the loss with it. The
     second is the smallest number of tokens of context from which on the loss is within the amnesia
     threshold of that of the whole context: the context is zeroed every 256 tokens and the loss is
-    compared position by position, by the tokens since.
+    compared position by position, by the tokens since, wherever a dialogue had begun before that.
+    None where none had: nothing can be told from such short texts.
     """
     follows = real[:, 1:] & ~starts[:, 1:]
 
@@ -369,14 +391,19 @@ def memory_gain(model: NewLLM, ids: Tensor, starts: Tensor, real: Tensor) -> tup
 
     whole = nats(starts)
     if len(whole) == 0:
-        return 0.0, 0.0
+        return 0.0, None
     gain = (nats(torch.ones_like(starts)) - whole).mean().item()
     positions = torch.arange(ids.shape[1], device=ids.device)
-    every = (positions % LONGEST_REACH == 0).expand_as(starts)
-    lost = nats(starts | every) - whole
-    # tokens of context a position has, its own among them; a dialogue's start loses nothing
-    age = (positions % LONGEST_REACH + 1).expand_as(starts)[:, :-1][follows]
-    edges = [1, 2, 4, 8, 16, 32, 64, 128, LONGEST_REACH]
+    since = positions % LONGEST_REACH
+    lost = nats(starts | (since == 0)) - whole
+    # a dialogue that began since then lost nothing, whatever its context is worth
+    began = torch.where(starts, positions, 0).cummax(dim=1).values
+    cut = (began < positions - since)[:, :-1][follows]
+    if not cut.any():
+        return gain, None
+    # tokens of context that are left to a position, its own among them
+    lost, age = lost[cut], (since + 1).expand_as(starts)[:, :-1][follows][cut]
+    edges = [1, 2, 4, 8, 16, 32, 64, 128, LONGEST_REACH + 1]
     length = float(LONGEST_REACH)
     # few tokens are young: chance may hide what they lost, but not what older ones still lose
     for low, high in reversed([*itertools.pairwise(edges)]):

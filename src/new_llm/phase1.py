@@ -228,7 +228,7 @@ class _Literal(Objective):
         self.sums: list[float] = [0, 0, 0, 0.0]
         self.epochs: list[LiteralEpoch] = []
         with torch.no_grad():
-            x = embed(torch.from_numpy(distinct))
+            x = embed(torch.from_numpy(distinct).to(next(cell.parameters()).device))
         super().__init__(cell, x, config, seed=0)
 
     def count_steps(self) -> int:
