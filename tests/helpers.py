@@ -60,11 +60,11 @@ def small_model(cell: str = "convex", **changes: Any) -> ModelConfig:
     return ModelConfig(**{"cell": cell, **widths, **layers, **changes})  # pyright: ignore
 
 
-def saved(folder: Path, **changes: Any) -> Path:
+def saved(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     """Write a small checkpoint with weights that make its answers differ."""
     contents = (message["content"] for messages in real_dialogues(8) for message in messages)
     tokenizer = ChatTokenizer.train(contents, 400)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = NewLLM(small_model(**changes), tokenizer.vocab_size)
     with torch.no_grad():
         model.embedding.weight.normal_(std=0.5)

@@ -4,18 +4,27 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from helpers import reseal
+from helpers import reseal, saved
 from new_llm.baselines import GPTBlock, MinGRU
-from new_llm.bench import BENCHES, LONG, _command
+from new_llm.bench import BENCHES, LONG, TAKEN, _command
 from new_llm.cli import main
 from new_llm.console import Console, format_cell
+from new_llm.files import alone, remove_folder
 from new_llm.speed import Bench
 
-SMALL = "--lengths 16 64 --batches 1 2 --tokens 12000 --width 64 --quiet".split()
+SMALL = {"lengths": "16 64", "batches": "1 2", "tokens": "12000", "width": "64"}
+
+
+def small(name: str, **changes: str) -> list[str]:
+    """Return the options of a benchmark of seconds, those that it takes."""
+    sizes = SMALL | changes
+    taken = [part for part in sizes if part in TAKEN[name]]
+    return [word for part in taken for word in (f"--{part}", *sizes[part].split())] + ["--quiet"]
 
 
 @pytest.mark.parametrize(
@@ -25,7 +34,7 @@ def test_a_benchmark_writes_rows_versions_and_threads(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "bench.json"
-    given = ["bench", name, *SMALL, "--out", str(tmp_path / "kept"), "--json", str(path)]
+    given = ["bench", name, *small(name), "--out", str(tmp_path / "kept"), "--json", str(path)]
     assert main(given) == 0
     found = json.loads(path.read_text())[name]
     assert found["rows"] and found["threads"] == torch.get_num_threads()
@@ -44,8 +53,8 @@ def test_a_long_benchmark_too(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     # peers that never come to rest go on for minutes
     monkeypatch.setattr("new_llm.speed._MAX_ITERATIONS", 300)
     path = tmp_path / "bench.json"
-    small = "--lengths 1024 --tokens 2000 --width 32 --quiet".split()
-    assert main(["bench", name, *small, "--json", str(path)]) == 0
+    sizes = small(name, lengths="1024", tokens="2000", width="32")
+    assert main(["bench", name, *sizes, "--json", str(path)]) == 0
     assert json.loads(path.read_text())[name]["rows"]
 
 
@@ -58,9 +67,14 @@ def test_a_long_benchmark_too(name: str, tmp_path: Path, monkeypatch: pytest.Mon
         (["quality", "--workers", "0"], "at least 1"),
         (["quality"], "add --out DIR"),
         (["ablations", "--out", "q", "--width", "64"], "ablations takes --data"),
-        (["tasks", "--out", "q", "--tokens", "9"], "tasks takes --device, got --tokens"),
+        (["tasks", "--out", "q", "--tokens", "9"], "--workers, got --tokens"),
         (["quality", "--out", "q", "--data", "nowhere"], "train.jsonl"),
         (["sweeps", "--checkpoint", "nowhere"], "nowhere"),
+        (["sweeps", "--data", "nowhere"], "tokenizer of a --checkpoint"),
+        (["engines", "--tokens", "9"], "engines takes --checkpoint"),
+        (["long", "--out", "q", "--threads", "1"], "got --threads"),
+        (["recurrence", "--width", "12"], "multiple of 8"),
+        (["flatness", "--tokens", "500"], "at least 1000"),
         pytest.param(
             ["engines", "--device", "cuda"], "GPU",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
@@ -72,6 +86,91 @@ def test_a_mistake_gets_one_clear_error(
 ) -> None:
     assert main(["bench", *given, "--quiet"]) == 2
     assert wanted in capsys.readouterr().err
+
+
+def test_what_is_kept_is_of_one_checkpoint_wherever_it_lies(tmp_path: Path) -> None:
+    given = ["--out", str(tmp_path / "kept"), *small("sweeps", lengths="16")]
+    for seed in (0, 0, 1):
+        # the same place, the same weights twice and then others
+        remove_folder(tmp_path / "c")
+        saved(tmp_path / "c", seed=seed)
+        assert main(["bench", "sweeps", "--checkpoint", str(tmp_path / "c"), *given]) == 0
+    assert len([*(tmp_path / "kept").iterdir()]) == 2
+    remove_folder(tmp_path / "c")
+    assert main(["bench", "sweeps", "--checkpoint", str(tmp_path / "c"), *given]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "cell", "scope", "wanted"),
+    [
+        ("engines", "layerwise", "sequence", "separate gate"),
+        ("sweeps", "sequential", "sequence", "separate gate"),
+        ("sweeps", "layerwise", "token", "carries its context"),
+        ("generation", "convex", "token", "carries its context"),
+        ("flatness", "convex", "token", "carries its context"),
+    ],
+)
+def test_a_checkpoint_that_a_benchmark_cannot_use_gets_one_clear_error(
+    name: str, cell: str, scope: str, wanted: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    blocks = {"num_blocks": 1} if scope == "token" else {}
+    folder = saved(tmp_path / "c", cell=cell, scope=scope, **blocks)
+    assert main(["bench", name, "--checkpoint", str(folder), "--quiet"]) == 2
+    assert wanted in capsys.readouterr().err
+
+
+def test_all_leaves_out_what_has_nothing_to_measure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in set(BENCHES) - set(LONG):
+        monkeypatch.setitem(BENCHES, name, lambda bench: [{"device": bench.device}])
+    folder, out = saved(tmp_path / "c", cell="layerwise"), tmp_path / "b.json"
+    given = ["--checkpoint", str(folder), "--json", str(out), "--quiet"]
+    assert main(["bench", "all", *given]) == 0
+    assert "engines is left out" in capsys.readouterr().out
+    assert {*json.loads(out.read_text())} == set(BENCHES) - {*LONG, "engines", "sweeps"}
+
+
+def test_two_processes_do_not_write_the_same_trials(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with alone(tmp_path):
+        assert main(["bench", "memory", "--out", str(tmp_path)]) == 2
+        assert main(["lab", "clipping", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("one process at a time") == 2
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"), [(True, "goes on from here"), (False, "nothing was written")]
+)
+def test_an_interrupted_benchmark_says_what_is_kept(
+    kept: bool,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(bench: Bench) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(BENCHES, "memory", interrupted)
+    assert main(["bench", "memory", *(["--out", str(tmp_path)] if kept else [])]) == 130
+    assert said in capsys.readouterr().err
+
+
+def test_a_page_that_is_no_text_is_found_out_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(BENCHES, "memory", lambda bench: pytest.fail("hours of work"))
+    (tmp_path / "page.md").write_bytes(b"\xff\xfe")
+    assert main(["bench", "memory", "--page", str(tmp_path / "page.md")]) == 2
+    assert "UTF-8" in capsys.readouterr().err
+
+
+def test_the_last_mark_of_flatness_is_the_end_that_was_asked_for() -> None:
+    bench = Bench(console=Console(quiet=True), device="cpu", width=16, tokens=2400)
+    assert [row["tokens"] for row in BENCHES["flatness"](bench)] == [1000, 2400]
 
 
 def test_min_gru_is_its_recurrence_with_gradients() -> None:
@@ -124,8 +223,8 @@ def test_the_command_beside_a_table_says_what_was_asked() -> None:
     asked = Bench(
         console=quiet, device="cpu", data="/somewhere/ultrachat", lengths=(8, 16), width=16
     )
-    expected = "new-llm bench engines --data ultrachat --lengths 8 16 --width 16"
-    assert _command("engines", asked) == expected
+    expected = "new-llm bench sweeps --data ultrachat --lengths 8 16 --width 16"
+    assert _command("sweeps", asked) == expected
     assert _command("quality", replace(asked, lengths=plain.lengths)) == (
         "new-llm bench quality --data ultrachat --width 16 --out DIR"
     )

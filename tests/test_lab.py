@@ -14,6 +14,7 @@ from new_llm import claims, evaluate, experiments, lab, laboratory, trials
 from new_llm.cell import SequentialCell
 from new_llm.config import Phase1Config, SolverConfig
 from new_llm.console import Console
+from new_llm.dialogues import ReadReport
 from new_llm.doctor import THRESHOLDS
 from new_llm.errors import ConfigError, DataError
 from new_llm.experiments import EXPERIMENTS, Row
@@ -318,7 +319,7 @@ def test_text_needs_long_dialogues(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
     source.write_text(json.dumps({"messages": turns}) + "\n")
     with pytest.raises(DataError, match=r"20 dialogues of at least 512 tokens expected.* has 0"):
-        laboratory.read_text(str(source))
+        laboratory.read_text(str(source), ReadReport())
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if not name.startswith("cured")])

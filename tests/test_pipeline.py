@@ -16,6 +16,7 @@ import pytest
 from helpers import QUICK, reseal, small_run
 from new_llm import cli
 from new_llm.config import PRESETS, preset
+from new_llm.errors import ConfigError
 from new_llm.records import read_history
 from new_llm.report import write_report
 
@@ -259,6 +260,23 @@ def test_a_preset_may_stand_anywhere_and_options_change_it() -> None:
     assert cli.parse("run", ["--out", "x"]).config == preset("convex")
     frozen = cli.parse("run", ["--out", "x", "--phase2.freeze-context", "demo"])
     assert frozen.config.phase2.freeze_context and frozen.config.preset == "demo"
+    for named in (["--preset=demo"], ["--preset", "demo"]):
+        assert cli.parse("run", [*named, "--out", "x"]).config == preset("demo")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["demo", "--preset=layerwise"], "got demo and layerwise"),
+        (["demo", "convex"], "got demo and convex"),
+        (["--preset=nonsense"], "a preset is one of"),
+        (["--out", "x", "--preset"], "--preset"),
+        (["layerwise", "--phase2.engine", "gate-scan"], "auto, scan or jacobi for a seed cell"),
+    ],
+)
+def test_a_run_that_is_not_what_it_is_called_is_refused(arguments: list[str], wanted: str) -> None:
+    with pytest.raises(ConfigError, match=wanted):
+        cli.parse("run", ["--out", "y", *arguments])
 
 
 def test_a_nan_stops_with_3_and_resumable_files(
@@ -532,7 +550,28 @@ def test_bad_rows_may_be_skipped_wherever_data_is_read(
     assert cli.main(["evaluate", str(finished), "--data", str(bad)]) == 2
     advice = "--data.on-bad-row skip"
     assert advice in capsys.readouterr().err
-    assert cli.main(["evaluate", str(finished), "--data", str(bad), *advice.split()]) == 0
+    for command in ("evaluate", "doctor"):
+        assert cli.main([command, str(finished), "--data", str(bad), *advice.split()]) == 0
+        said = capsys.readouterr().out.replace("\n", "")
+        assert "1 of 25 rows are no dialogues" in said and "got 'bot'" in said
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(bad.read_text().splitlines(keepends=True)[-5:]))
+    skip = ["--data.on-bad-row", "skip", "--valid", str(few)]
+    run = ["run", *QUICK, "--gate", "seed", "--data", str(bad), *skip, "--out", str(tmp_path / "r")]
+    assert cli.main(run) == 0
+    said = capsys.readouterr().out.replace("\n", "")
+    assert "1 of 25 rows are no dialogues" in said
+    assert "1 held-out rows are no dialogues" in said
+
+
+def test_to_learn_from_the_assistant_needs_an_assistant(
+    chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    silent = tmp_path / "silent.jsonl"
+    silent.write_text(chats.read_text().replace("assistant", "user"))
+    run = ["run", *QUICK, "--data", str(silent), "--out", str(tmp_path / "r")]
+    assert cli.main([*run, "--phase2.loss-on", "assistant"]) == 2
+    assert "the assistant says expected" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

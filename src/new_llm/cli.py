@@ -411,16 +411,13 @@ def _needs_extra(name: str) -> Iterator[None]:
 
 def _evaluate(options: EvaluateOptions) -> None:
     from .checkpoint import load_checkpoint
-    from .data import temporary_store
     from .evaluate import evaluate
 
     _require_file(options.json)
     loaded = load_checkpoint(options.checkpoint)
     console = Console(quiet=options.quiet)
     with (
-        temporary_store(
-            options.data, options.split, loaded.tokenizer, on_bad_row=options.on_bad_row
-        ) as store,
+        _dialogues(options, options.data, loaded, console) as store,
         console.track("evaluation", store.num_tokens) as advance,
     ):
         result = evaluate(loaded.model, store, advance=advance).to_dict()
@@ -428,9 +425,25 @@ def _evaluate(options: EvaluateOptions) -> None:
     _write_json(options.json, result)
 
 
+@contextlib.contextmanager
+def _dialogues(
+    options: EvaluateOptions | DoctorOptions, source: str, loaded: Any, console: Console
+) -> Iterator[Any]:
+    """Yield all dialogues as a store, and say which rows were left out."""
+    from .data import temporary_store
+    from .dialogues import ReadReport
+
+    report = ReadReport()
+    with temporary_store(
+        source, options.split, loaded.tokenizer, on_bad_row=options.on_bad_row, report=report
+    ) as store:
+        if report.left_out is not None:
+            console.show(report.left_out)
+        yield store
+
+
 def _doctor(options: DoctorOptions) -> None:
     from .checkpoint import load_checkpoint
-    from .data import temporary_store
     from .evaluate import sequence_verdict, token_verdict
 
     _require_file(options.json)
@@ -439,9 +452,7 @@ def _doctor(options: DoctorOptions) -> None:
     diagnoses = []
     with console.track("measuring", 1 if options.data is None else 2) as advance:
         if options.data is not None:
-            with temporary_store(
-                options.data, options.split, loaded.tokenizer, on_bad_row=options.on_bad_row
-            ) as store:
+            with _dialogues(options, options.data, loaded, console) as store:
                 diagnoses.append(sequence_verdict(loaded.model, store, trained=True))
             advance(1, "sequence scope")
         diagnoses.insert(0, token_verdict(loaded.model))
@@ -465,6 +476,8 @@ def _lab(options: LabOptions) -> None:
     from .lab import run_lab
 
     _require_file(options.json)
+    if options.workers is not None and options.workers < 1:
+        raise ConfigError(f"--workers needs at least 1, got {options.workers}")
     console = Console(quiet=options.quiet)
     rows = run_lab(
         options.name,
@@ -477,22 +490,18 @@ def _lab(options: LabOptions) -> None:
 
 
 def _bench(options: BenchOptions) -> None:
-    import torch
-
     from .bench import run_bench
 
     _require_file(options.json)
     _require_file(options.page)
-    if options.threads is not None:
-        if options.threads < 1:
-            raise ConfigError(f"--threads needs at least 1, got {options.threads}")
-        torch.set_num_threads(options.threads)
-    given = [number for number in (options.tokens, options.workers) if number is not None]
-    numbers = (*options.lengths, *options.batches, *given, options.width // 8)
-    if min(numbers) < 1 or not options.lengths or not options.batches:
+    asked = (options.tokens, options.threads, options.workers)
+    given = [number for number in asked if number is not None]
+    numbers = (*options.lengths, *options.batches, *given, options.width)
+    if min(numbers) < 1 or options.width % 8 or not options.lengths or not options.batches:
         raise ConfigError(
-            "--lengths, --batches, --tokens and --workers need numbers of at least 1, "
-            f"--width of 8, got {options.lengths}, {options.batches}, {given} and {options.width}"
+            "--lengths, --batches, --tokens, --threads and --workers need numbers of at least 1, "
+            f"--width a multiple of 8, which heads share, got {options.lengths}, "
+            f"{options.batches}, {given} and {options.width}"
         )
     rows = run_bench(
         options.name,
@@ -505,6 +514,7 @@ def _bench(options: BenchOptions) -> None:
         width=options.width,
         tokens=options.tokens,
         device=options.device,
+        threads=options.threads,
         num_workers=options.workers,
         page=options.page,
     )
@@ -541,15 +551,23 @@ class Command:
     call: Callable[[Any], None]
     takes_preset: bool = False
     """Whether a preset may stand before the options."""
-    resumes: bool = False
+    resumes: Callable[[Any], bool] = lambda options: False
     """Whether the same command goes on where it was interrupted."""
 
 
+def _always(options: Any) -> bool:
+    return True
+
+
+def _if_kept(options: Any) -> bool:
+    return options.out is not None
+
+
 COMMANDS = {
-    "run": Command(RunOptions, _run, takes_preset=True, resumes=True),
-    "phase1": Command(RunOptions, _phase1, takes_preset=True, resumes=True),
-    "cache": Command(RunOptions, _cache, takes_preset=True, resumes=True),
-    "phase2": Command(RunOptions, _phase2, takes_preset=True, resumes=True),
+    "run": Command(RunOptions, _run, takes_preset=True, resumes=_always),
+    "phase1": Command(RunOptions, _phase1, takes_preset=True, resumes=_always),
+    "cache": Command(RunOptions, _cache, takes_preset=True, resumes=_always),
+    "phase2": Command(RunOptions, _phase2, takes_preset=True, resumes=_always),
     "generate": Command(GenerateOptions, _generate),
     "chat": Command(ChatOptions, _chat),
     "serve": Command(ServeOptions, _serve),
@@ -557,8 +575,8 @@ COMMANDS = {
     "export": Command(ExportOptions, _export),
     "evaluate": Command(EvaluateOptions, _evaluate),
     "doctor": Command(DoctorOptions, _doctor),
-    "lab": Command(LabOptions, _lab),
-    "bench": Command(BenchOptions, _bench),
+    "lab": Command(LabOptions, _lab, resumes=_if_kept),
+    "bench": Command(BenchOptions, _bench, resumes=_if_kept),
     "report": Command(ReportOptions, _report),
 }
 
@@ -613,16 +631,28 @@ def _expand_alias(argument: str, aliases: dict[str, str]) -> str:
 
 
 def _take_preset(arguments: list[str]) -> tuple[list[str], str]:
-    """Take the preset out of the arguments: the one word that is no option's value."""
+    """Take the preset out of the arguments: the one word that is no option's value.
+
+    Raises:
+        ConfigError: there are several.
+    """
     flags = _flags(RunOptions)
+    left: list[str] = []
+    named: list[str] = []
     for place, argument in enumerate(arguments):
         before = arguments[place - 1] if place else ""
         is_value = before.startswith("--") and "=" not in before and before not in flags
-        if not argument.startswith("-") and not is_value:
-            return arguments[:place] + arguments[place + 1 :], argument
-        if argument == "--preset" and place + 1 < len(arguments):
-            return arguments[:place] + arguments[place + 2 :], arguments[place + 1]
-    return arguments, "convex"
+        if argument.startswith("--preset="):
+            named.append(argument.partition("=")[2])
+        elif before == "--preset" or not (argument.startswith("-") or is_value):
+            named.append(argument)
+        elif argument != "--preset" or place + 1 == len(arguments):
+            left.append(argument)
+    if len(named) > 1:
+        raise ConfigError(
+            f"one preset expected, got {' and '.join(named)}; name one, and give options by --NAME"
+        )
+    return left, named[0] if named else "convex"
 
 
 def _flags(cls: type, prefix: str = "") -> set[str]:
@@ -681,6 +711,12 @@ def reword(box: str, program: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2, 3 or 130."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # a terminal that has not all characters gets what it has
+        sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # what is no text is said where it is read, and the rest is kept
+        sys.stdin.reconfigure(errors="surrogateescape")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE.format(presets=", ".join(PRESETS)))
         return 0
@@ -698,11 +734,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _call(name: str, arguments: Sequence[str]) -> int:
-    command = COMMANDS.get(name)
+    command, options = COMMANDS.get(name), None
     try:
         if command is None:
             raise ConfigError(f"a command is one of {', '.join(COMMANDS)}; got {name!r}")
-        command.call(parse(name, arguments))
+        options = parse(name, arguments)
+        command.call(options)
         sys.stdout.flush()
     except SystemExit as stop:
         return int(stop.code or 0)
@@ -713,7 +750,7 @@ def _call(name: str, arguments: Sequence[str]) -> int:
             print(f"new-llm: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
-        goes_on = command is not None and command.resumes
+        goes_on = command is not None and options is not None and command.resumes(options)
         then = "the same command goes on from here" if goes_on else "nothing was written"
         if is_main_process():
             print(f"new-llm: interrupted; {then}", file=sys.stderr)

@@ -461,6 +461,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         _check_choices(self)
         _require(self, "seed", 0 <= self.seed < SEEDS, f"in [0, {SEEDS})")
+        if self.model.cell in ("sequential", "layerwise"):
+            known = self.phase2.engine != "gate-scan"
+            _require(self.phase2, "engine", known, "auto, scan or jacobi for a seed cell")
 
     def fingerprint(self) -> str:
         """Return 16 hex digits that two configs share exactly if all their settings are equal."""

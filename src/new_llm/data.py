@@ -93,16 +93,24 @@ def open_prepared(folder: Path, files: list[Path] | None = None) -> Prepared:
 
 @contextmanager
 def temporary_store(
-    source: str, split: str, tokenizer: ChatTokenizer, *, on_bad_row: str = "error"
+    source: str,
+    split: str,
+    tokenizer: ChatTokenizer,
+    *,
+    on_bad_row: str = "error",
+    report: ReadReport | None = None,
 ) -> Iterator[TokenStore]:
     """Yield all dialogues of a source as a store that is gone afterwards.
+
+    `report` takes count of what was left out.
 
     Raises:
         DataError: the dialogues cannot be read.
     """
     rows = read_dialogues(
-        source, split=split, on_bad_row=on_bad_row, max_dialogues=None, report=ReadReport()
-    )
+        source, split=split, on_bad_row=on_bad_row, max_dialogues=None,
+        report=ReadReport() if report is None else report,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="new-llm-") as folder:
         yield write_store(Path(folder) / "store", rows, tokenizer)
 

@@ -35,6 +35,7 @@ _BLOCK_BYTES = 1 << 16
 _LONGEST_ROW = 1 << 24
 # characters below which a small talk says nothing to learn from
 _SHORTEST_CHAT = 40
+_LEAVE_OUT = "use --data.on-bad-row skip (of run, evaluate and doctor)"
 _CONTACT = re.compile(
     r"[\w.+-]+@[\w-]+\.\w+|https?://|www\.|@\s*\w{2,}|\+?\d[\d\s().-]{7,}\d", re.IGNORECASE
 )
@@ -57,6 +58,20 @@ class ReadReport:
     """Dialogues of fewer than two messages, left out."""
     first_bad: str | None = None
     """What was wrong with the first bad row."""
+
+    @property
+    def left_out(self) -> str | None:
+        """What to say of bad rows that were left out, if there were any.
+
+        >>> ReadReport(num_rows=9, num_bad_rows=2, first_bad="line 3: no messages").left_out
+        '2 of 9 rows are no dialogues and were left out (the first: line 3: no messages)'
+        """
+        if not self.num_bad_rows:
+            return None
+        return (
+            f"{self.num_bad_rows:,} of {self.num_rows:,} rows are no dialogues and were left out "
+            f"(the first: {self.first_bad})"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,7 +299,7 @@ def check_dialogue(row: Any, place: str) -> Messages:
     Raises:
         DataError: it is not a dialogue; `place` says where it stands.
     """
-    remedy = "mend the row or use --data.on-bad-row skip"
+    remedy = f"mend the row or {_LEAVE_OUT}"
     if isinstance(row, DataError):
         raise row
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
@@ -403,7 +418,7 @@ def _json_rows(path: Path, num_behind: int) -> Iterator[tuple[int, str, Any]]:
             if len(line) > _LONGEST_ROW:
                 wrong = DataError(
                     f"{place}: at most {_LONGEST_ROW:,} bytes a line expected, got more; "
-                    "divide the dialogue or use --data.on-bad-row skip"
+                    f"divide the dialogue or {_LEAVE_OUT}"
                 )
                 yield number, place, wrong
                 continue
@@ -419,7 +434,7 @@ def _json_rows(path: Path, num_behind: int) -> Iterator[tuple[int, str, Any]]:
             except (ValueError, RecursionError) as error:
                 wrong = DataError(
                     f"{place}: one JSON object a line expected, got {error}; "
-                    "mend the row or use --data.on-bad-row skip"
+                    f"mend the row or {_LEAVE_OUT}"
                 )
                 yield number, place, wrong
 

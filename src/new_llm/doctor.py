@@ -98,15 +98,16 @@ ADVICE = {
     "identity_map": "the cell returns what it is given: train with "
     "--phase1.objective contractive, whose hinge forbids it",
     "global_attractor": "all tokens settle near one point: train with --phase1.objective "
-    "contractive from --model.initialisation orthogonal; where Phase 2 drew them together, raise "
-    "--phase2.contractive or --phase2.min-steps",
+    "contractive, a seed cell from --model.initialisation orthogonal; where Phase 2 drew them "
+    "together, raise --phase2.contractive or --phase2.min-steps",
     "expanding": "differences grow: lower --phase1.contraction-target, or use the convex cell",
     "multi_stable": "the end depends on the start: lower --phase1.contraction-target "
     "or --phase1.final-learning-rate, or raise --phase1.max-steps",
     "not_converged": "contexts still move: raise --phase1.visited-iterations or "
     "--phase1.max-steps, or lower --phase1.final-learning-rate",
-    "low_rank": "contexts share few directions: use --model.initialisation orthogonal, or raise "
-    "--phase1.covariance-weight; where Phase 2 drew them together, raise --phase2.contractive",
+    "low_rank": "contexts share few directions: use --model.initialisation orthogonal in a seed "
+    "cell, or raise --model.hidden-width or --phase1.covariance-weight; where Phase 2 drew them "
+    "together, raise --phase2.contractive",
     "decoupled": "the context hardly reads itself, so this is a linear recurrence: "
     "raise --model.coupling-limit",
     "amnesic": "the prediction uses one token only, so this is a bigram model: "

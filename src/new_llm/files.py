@@ -288,6 +288,17 @@ def alone(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextmanager
+def held(folder: Path | None) -> Iterator[None]:
+    """Make a folder and hold it for this process, see `alone`; None is no folder."""
+    if folder is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        yield
+
+
 def read_object(path: Path, kind: str) -> dict[str, Any]:
     """Read a JSON file that this package wrote, of names and values.
 

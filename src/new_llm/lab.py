@@ -8,6 +8,7 @@ from .claims import NEEDED, decide
 from .console import Console, format_cell
 from .errors import ConfigError
 from .experiments import EXPERIMENTS, Row
+from .files import held
 from .laboratory import Laboratory
 
 CLAIMS = "claims"
@@ -40,7 +41,10 @@ def run_lab(
     shown = [*EXPERIMENTS, CLAIMS] if name == "all" else [name]
     needed = NEEDED if CLAIMS in shown else ()
     results: dict[str, list[Row]] = {}
-    with Laboratory(data=data, out=out, console=console, num_workers=num_workers) as laboratory:
+    with (
+        held(out),
+        Laboratory(data=data, out=out, console=console, num_workers=num_workers) as laboratory,
+    ):
         if data is not None:
             # before hours of work, so that a wrong name is known at once
             console.say(f"dialogues: {laboratory.text.source}")

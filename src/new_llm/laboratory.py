@@ -57,6 +57,7 @@ class Laboratory:
             for config in (make() for make in PRESETS.values())
             for part in (config.model, config.solver, config.phase1)
         ]
+        self.console = console
         self.runner = Runner(
             console=console,
             folder=None if out is None else out / "trials",
@@ -73,7 +74,11 @@ class Laboratory:
     @cached_property
     def text(self) -> Text:
         """The dialogues of the experiments on real text."""
-        return read_text(self.source)
+        report = ReadReport()
+        text = read_text(self.source, report)
+        if report.left_out is not None:
+            self.console.show(report.left_out)
+        return text
 
     def run(
         self,
@@ -86,15 +91,17 @@ class Laboratory:
         return self.runner.run(title, trial, arguments, cost)
 
 
-def read_text(source: str) -> Text:
+def read_text(source: str, report: ReadReport) -> Text:
     """Read the first dialogues of a source that are long enough, half of them held out.
+
+    `report` takes count of rows that are no dialogues, which are left out.
 
     Raises:
         DataError: the source cannot be read, or too few dialogues are long enough.
     """
     tokenizer = ChatTokenizer.gpt2()
     rows = read_dialogues(
-        source, split="train_sft", on_bad_row="skip", max_dialogues=None, report=ReadReport()
+        source, split="train_sft", on_bad_row="skip", max_dialogues=None, report=report
     )
     found: list[list[int]] = []
     batch: list[Messages] = []

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from .config import SEEDS, ModelConfig, RunConfig, to_dict
 from .console import Console
 from .counts import KneserNey
 from .data import Prepared, held_out_ids, open_prepared, prepare
+from .dialogues import ReadReport
 from .distributed import World, joined
 from .doctor import THRESHOLDS
 from .errors import CheckpointError, ConfigError, DataError, GateError, StaleCacheError
@@ -203,6 +204,19 @@ class Run:
             f"dialogues to train on, {prepared.valid.num_tokens:,} in "
             f"{prepared.valid.num_dialogues:,} held out"
         )
+        # of the held-out ones only a number is kept
+        rows = ReadReport(**{part.name: prepared.report[part.name] for part in fields(ReadReport)})
+        if rows.left_out is not None:
+            self.console.show(rows.left_out)
+        if prepared.report["num_bad_valid_rows"]:
+            count = prepared.report["num_bad_valid_rows"]
+            self.console.show(f"{count:,} held-out rows are no dialogues and were left out")
+        if self.config.phase2.loss_on == "assistant" and not prepared.train.assistant.any():
+            raise DataError(
+                "tokens that the assistant says expected, which --phase2.loss-on assistant learns "
+                f"from, {self.config.data.source} has none; give other --data or learn from all, "
+                "with a new --out"
+            )
         self._prepared = prepared
         return prepared
 
@@ -222,7 +236,13 @@ class Run:
             # a shared embedding would move under the cached contexts
             shape = replace(shape, tied_readout=False)
         torch.manual_seed(config.seed)
-        return NewLLM(shape, prepared.tokenizer.vocab_size, config.solver).to(self.device)
+        model = NewLLM(shape, prepared.tokenizer.vocab_size, config.solver).to(self.device)
+        if config.phase2.engine == "gate-scan" and not model.cells()[0].separates_gate:
+            raise ConfigError(
+                f"phase2.engine gate-scan needs a cell whose gate is separate, {shape.cell} has "
+                "none; use auto or scan and a new --out"
+            )
+        return model
 
     def _load_phase1(self) -> NewLLM:
         return self._load("phase1", self.folder.phase1_checkpoint).model.to(self.device)

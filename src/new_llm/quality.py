@@ -274,7 +274,7 @@ def trained(
         "num_steps": done.num_steps,
         "threads": threads,
         "torch": torch.__version__,
-        "device": _device_name(device),
+        "device": device_name(device),
         "seconds_phase1": settled - begun,
         "seconds_cache": cached - settled,
         "seconds": done.seconds,
@@ -284,7 +284,7 @@ def trained(
     }
 
 
-def _device_name(device: str) -> str:
+def device_name(device: str) -> str:
     """Return what a device is: instructions of the CPU, or which GPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -766,7 +766,12 @@ def _row(
 def places_of(found: list[Numbers]) -> str:
     """Return on what trials were computed, which may be several machines.
 
-    >>> places_of([{"device": "CPU with AVX512"}, {"device": "NVIDIA H100"}, {}])
-    'CPU with AVX512, NVIDIA H100, CPU'
+    >>> places_of([{"device": "CPU with AVX512", "torch": "2.13.0"}, {"device": "NVIDIA H100"}])
+    'CPU with AVX512 (PyTorch 2.13.0), NVIDIA H100'
     """
-    return ", ".join(dict.fromkeys(numbers.get("device") or "CPU" for numbers in found))
+    return ", ".join(dict.fromkeys(map(_place, found)))
+
+
+def _place(numbers: Numbers) -> str:
+    device, version = numbers.get("device") or "CPU", numbers.get("torch")
+    return device if version is None else f"{device} (PyTorch {version})"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .console import format_cell
+from .errors import ConfigError
 from .files import read_sealed, write_sealed, write_text
 
 Result = dict[str, Any]
@@ -83,11 +84,33 @@ def markdown(results: dict[str, Result], figure: str | None = None) -> str:
             table = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
             caption = CAPTIONS.get(title, CAPTIONS.get(name, ""))
             parts.append(f"### {title}\n{caption}\n\n{table}\n".replace("\n\n\n", "\n\n"))
-        versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+        # where models were trained, their rows name its version
+        shown = {k: v for k, v in result["versions"].items() if k != "torch" or not trained(result)}
+        versions = ", ".join(f"{k} {v}" for k, v in shown.items())
         parts.append(f"{versions}; {result['device']}.\n")
     if figure is not None:
         parts.append(f"![gain of the past by tokens before]({figure})\n")
     return "\n".join(parts)
+
+
+def trained(result: Result) -> bool:
+    """Return whether rows are of trainings, which may have been elsewhere and before."""
+    return any(row.get("trained on") for row in result["rows"])
+
+
+def require_page(page: Path) -> None:
+    """Check that a page can be written to, before hours of work.
+
+    Raises:
+        ConfigError: what lies there is no text.
+    """
+    try:
+        if page.is_file():
+            page.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(
+            f"a page in UTF-8 expected, {page} holds something else; give another --page"
+        ) from None
 
 
 def write_page(page: Path, results: dict[str, Result]) -> None:

@@ -42,7 +42,7 @@ BATCHES = (1, 8, 64)
 # a case that would take longer is left out, and its row says so
 _LONGEST_SECONDS = 60.0
 _REPEATS = 5
-_LONGEST_TEXT = 1_000_000
+_SHORTEST_TEXT, _LONGEST_TEXT = 1000, 1_000_000
 
 Rows = list[dict[str, Any]]
 
@@ -62,6 +62,8 @@ class Bench:
     width: int = WIDTH
     tokens: int | None = None
     """Tokens of the longest text; None is what the benchmark is meant for."""
+    threads: int | None = None
+    """Threads of PyTorch; None leaves them as they are."""
     num_workers: int | None = None
     """Processes that train side by side."""
     out: Path | None = None
@@ -296,7 +298,7 @@ def token_scope(bench: Bench) -> Rows:
             'pip install "new-llm[bench]"'
         ) from error
     rows: Rows = []
-    part = PART_TOKENS.get(bench.device, PART_TOKENS["cuda"])
+    part = PART_TOKENS["cpu"]
     for name in ("convex", "sequential", "layerwise"):
         model = _cured(name, bench)
         cell = model.cells()[0]
@@ -499,7 +501,11 @@ def flatness(bench: Bench) -> Rows:
     fresh = model.initial_context(1)
     size, rows = 200, []
     longest = bench.tokens or _LONGEST_TEXT
-    marks = [10**k for k in range(3, 1 + math.floor(math.log10(longest)))]
+    if longest < _SHORTEST_TEXT:
+        raise ConfigError(
+            f"bench flatness needs --tokens of at least {_SHORTEST_TEXT}, got {longest}"
+        )
+    marks = [10**k for k in range(3, 12) if 10**k < longest] + [longest]
     done = 0
     with bench.console.track("flatness", longest) as advance:
         for mark in marks:
@@ -550,7 +556,7 @@ def document(bench: Bench) -> Rows:
 
 def _evaluate_document(bench: Bench, tokens: int) -> dict[str, Any]:
     model = _model(bench)
-    text = _long_text(bench, model, tokens).numpy().astype(np.int32)
+    text = _long_text(bench, model, tokens).cpu().numpy().astype(np.int32)
     store = TokenStore(
         tokens=text,
         assistant=np.ones(len(text), dtype=bool),
@@ -625,6 +631,23 @@ def _model(bench: Bench) -> NewLLM:
     return bench.kept["model"].to(bench.device).eval()
 
 
+def unsuited(name: str, bench: Bench) -> str | None:
+    """Return why a benchmark has nothing to measure of the checkpoint, or None."""
+    if bench.checkpoint is None or name not in ("engines", "sweeps", "generation", "flatness"):
+        return None
+    shape = _model(bench).config
+    if shape.scope == "token":
+        return "a model that carries its context expected (scope sequence), got one of token scope"
+    if name in ("engines", "sweeps") and not _model(bench).cells()[0].separates_gate:
+        return f"a cell with a separate gate expected, {shape.cell} has none"
+    if name == "generation" and shape.embedding_width % 8:
+        return (
+            "an embedding width expected that is a multiple of 8, which the peers' heads share, "
+            f"got {shape.embedding_width}"
+        )
+    return None
+
+
 def _some_ids(model: NewLLM, batch: int, length: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.vocab_size, (batch, length), generator=generator)
@@ -635,15 +658,18 @@ def _long_text(bench: Bench, model: NewLLM, length: int) -> Tensor:
     """Return real dialogues as one text, begun again where they end; random ids without a model."""
     if "tokenizer" not in bench.kept:
         return _some_ids(model, 1, length)[0]
+    report = ReadReport()
     rows = read_dialogues(
         bench.data or "chitchat-dataset",
         split="train_sft",
         on_bad_row="skip",
         max_dialogues=4000,
-        report=ReadReport(),
+        report=report,
     )
     parts = [torch.from_numpy(ids).long()
              for ids, _ in bench.kept["tokenizer"].encode_dialogues(list(rows))]  # fmt: skip
+    if report.left_out is not None:
+        bench.console.show(report.left_out)
     if not parts:
         raise DataError(f"dialogues expected, got none from {bench.data}; give others to --data")
     text = torch.cat(parts)

@@ -23,7 +23,7 @@ from .console import Console
 from .errors import NonFiniteError
 from .model import LanguageModel, num_parameters, token_losses
 from .phase2 import learning_rate, make_optimisers
-from .quality import PEERS, build, matched
+from .quality import PEERS, build, device_name, matched, places_of
 from .runner import Numbers, Runner
 
 # a position counts as answered where at least this share of texts is right
@@ -189,6 +189,9 @@ def solved(
     shares = by_distance(made, chosen)
     return {
         "parameters": num_parameters(made),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "device": device_name(device),
         "accuracy": {str(distance): share for distance, share in shares.items()},
     }
 
@@ -331,4 +334,4 @@ def _row(
     }
     for distance in found[0]["accuracy"]:
         row[distance] = statistics.fmean(numbers["accuracy"][distance] for numbers in found)
-    return row
+    return row | {"trained on": places_of(found)}

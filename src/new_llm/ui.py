@@ -106,9 +106,11 @@ class Page:
                         fork = gr.Button("Fork", elem_id="fork", min_width=80)
                         reset = gr.Button("Reset", elem_id="reset", min_width=80)
                     with gr.Accordion("How tokens are drawn", open=False):
-                        temperature = gr.Slider(0.0, 2.0, self.config.temperature, step=0.05,
-                                                label="temperature")  # fmt: skip
-                        tokens = gr.Slider(1, 400, self.config.max_new_tokens, step=1,
+                        hottest = max(2.0, self.config.temperature)
+                        temperature = gr.Slider(0.0, hottest, self.config.temperature,
+                                                step=0.05, label="temperature")  # fmt: skip
+                        longest = max(400, self.config.max_new_tokens)
+                        tokens = gr.Slider(1, longest, self.config.max_new_tokens, step=1,
                                            label="most tokens of an answer")  # fmt: skip
                 with gr.Column(scale=6, min_width=320):
                     seen = gr.HTML(_NOTHING, elem_id="seen")
