@@ -275,6 +275,59 @@ def test_a_proved_rate_bounds_the_distance() -> None:
     assert proved_rate(make("layerwise"), ()) is None
 
 
+def furthest(found: Tensor, exact: Tensor) -> float:
+    """Return the largest relative distance of any position."""
+    return ((found - exact).norm(dim=-1) / exact.norm(dim=-1)).max().item()
+
+
+@pytest.mark.parametrize("chunk", [16, None])
+def test_a_proved_distance_bounds_what_chunks_inherit(chunk: int | None) -> None:
+    """Each chunk takes its start as given: errors of many chunks in a row come to more than one."""
+    beyond = 0.0
+    for seed in range(8):
+        torch.manual_seed(seed)
+        cell = ConvexCell(1, 1, 1, coupling_limit=0.5, certified=True).double()
+        with torch.no_grad():
+            cell.to_forget.bias.fill_(1.0)
+        cell.eval()
+        x, zero = torch.randn(1, 512, 1).double(), torch.zeros(1, 1).double()
+        for tolerance in (1e-2, 1e-5):
+            found = carry(cell, x, zero, engine="gate-scan", tolerance=tolerance, chunk=chunk)
+            exact = scan(cell, x, zero)
+            size = exact.abs().clamp(min=2e-3 * exact.abs().amax())
+            distance = ((found.contexts - exact).abs() / size).max().item()
+            assert found.proved and distance <= found.sweeps.distance
+            beyond = max(beyond, distance / tolerance)
+    if chunk:
+        assert beyond > 1.0
+
+
+def test_a_proved_distance_does_not_grow_with_the_text() -> None:
+    torch.manual_seed(0)
+    cell = ConvexCell(16, 16, 16, coupling_limit=0.5, certified=True).double().eval()
+    x, zero = torch.randn(1, 400, 16).double(), torch.zeros(1, 16).double()
+    short, long = (
+        carry(cell, x.repeat(1, times, 1), zero, engine="gate-scan", chunk=16).sweeps
+        for times in (1, 10)
+    )
+    assert short.distance <= long.distance <= 2 * short.distance
+
+
+def test_what_rested_before_a_fall_back_keeps_its_distance() -> None:
+    torch.manual_seed(0)
+    cell = ConvexCell(32, 16, 32).double().eval()
+    x, zero = torch.randn(1, 200, 16).double(), torch.zeros(1, 32).double()
+    exact = scan(cell, x, zero).detach()
+    guess = exact + 1e-6 * torch.randn_like(exact)
+    guess[:, 100:] = 0.0
+    for chunk in (16, 200):
+        # in chunks of 16 the second half goes to the scan at once
+        found = carry(cell, x, zero, engine="gate-scan", guess=guess, max_sweeps=1, chunk=chunk)
+        assert found.sweeps.fallbacks["scan"]
+        distance = furthest(found.contexts, exact)
+        assert 1e-9 < distance <= found.sweeps.distance <= 1e-5
+
+
 def test_a_good_guess_saves_sweeps() -> None:
     cell = ConvexCell(32, 16, 32).eval()
     x, zero = torch.randn(2, 50, 16), torch.zeros(2, 32)
