@@ -81,10 +81,11 @@ class Sweeps:
     residual: float = 0.0
     """Largest relative change of a position in the last sweep of its part."""
     rate: float = 0.0
-    """Largest of the last few ratios of changes when a part ended, in the sup-norm."""
+    """Largest of the last few ratios of changes when a part ended, in the sup-norm; 0 where none
+    took a second sweep. Of a gradient it is taken over two sweeps where single ratios are 0.95."""
     distance: float = 0.0
     """Relative distance to the true recurrence, the largest of any position: a bound with
-    `Carried.proved`, else an estimate of what each part adds."""
+    `Carried.proved`, else an estimate of what each part adds, as is always that of a gradient."""
     work: int = 0
     """Positions computed, those of every sweep counted; `T` for a scan."""
     fallbacks: Counter[str] = field(default_factory=Counter)
@@ -104,7 +105,8 @@ class Carried:
     adjoint: Sweeps
     """Of the gradient, once `backward` was called."""
     proved: bool
-    """Whether `sweeps.distance` is a bound by `q_inf < 1`, or an estimate by the measured rate."""
+    """Whether `sweeps.distance` is a bound by `q_inf < 1`, or an estimate by the measured rate;
+    says nothing of the gradient."""
 
     @property
     def fell_back(self) -> bool:
@@ -432,16 +434,20 @@ class _Progress:
         *,
         error: float = 0.0,
         floor: float = _SMALLEST,
+        in_turn: bool = False,
     ) -> None:
         self.settings = settings
         self.error = error
         """The most that any number is wrong by, where a rate is proved: at first of the context
         that the part goes on from, then of all of its positions."""
         self.floor = floor
+        self.in_turn = in_turn
+        """Whether changes may be large and small in turn, so that two say more than one."""
         self.num_sweeps = 0
         self.work = 0
         self.residual = float("inf")
         self._largest: list[float] = []
+        self._before: Tensor | None = None
         self._estimate = 0.0
         self._rests = False
 
@@ -450,7 +456,11 @@ class _Progress:
         """The largest of the last ratios of largest changes; after one sweep only a guess."""
         if self.num_sweeps < 2:
             return _ASSUMED_RATE
-        return self._ratio(1)
+        rate = self._ratio(1)
+        # over two sweeps once both kinds of change were seen to shrink, the large and the small
+        if self.in_turn and rate >= _HOPELESS and self.num_sweeps > 3:
+            rate = math.sqrt(self._ratio(2))
+        return rate
 
     def _ratio(self, apart: int) -> float:
         """Return the largest of the last ratios of changes that many sweeps apart."""
@@ -460,8 +470,10 @@ class _Progress:
 
     @property
     def factor(self) -> float:
-        """What a change is multiplied by for the distance that is left."""
+        """What a change, or the sum of two in turn, is multiplied by for the distance left."""
         rate = max(self.rate, _LEAST_RATE) if self.settings.bound is None else self.settings.bound
+        if self.in_turn:
+            rate = rate * rate
         return rate / (1.0 - rate) if rate < 1.0 else float("inf")
 
     def rest(self, relative: Tensor) -> int:
@@ -469,9 +481,15 @@ class _Progress:
 
         A position whose past rests has read it: it is as near as its own change says.
         """
+        change = relative
+        if self.in_turn:
+            before = relative / _ASSUMED_RATE if self._before is None else self._before
+            # what a sweep leaves as it is, with all that it reads, no other sweep will change
+            relative = torch.where(change > 0.0, change + before, change)
         limit = self.settings.tolerance / max(self.factor, _TINY)
         moving = (relative >= limit) if limit > 0.0 else (relative > 0.0)
         count = int((moving.cumsum(dim=0) == 0).sum())
+        self._before = change[count:]
         if count == 0:
             return 0
         largest = relative[:count].amax().item()
@@ -519,7 +537,8 @@ class _Progress:
     def note(self, sweeps: Sweeps) -> None:
         """Add what was reached to the record of a whole text."""
         sweeps.num_sweeps = max(sweeps.num_sweeps, self.num_sweeps)
-        sweeps.rate = max(sweeps.rate, self.rate)
+        if self.num_sweeps > 1:
+            sweeps.rate = max(sweeps.rate, self.rate)
         sweeps.work += self.work
 
 
@@ -600,7 +619,10 @@ def _adjoint(
 
     `lambda_t = g_t + J_{t+1}^T lambda_{t+1}` by sweeps from the end; with the gate exact that is
     `lambda_t = forget_{t+1} lambda_{t+1} + g_t + D_{t+1}^T (1 - forget_{t+1}) lambda_{t+1}`, `D`
-    the Jacobian of `delta`.
+    the Jacobian of `delta`. Its distance is an estimate whatever is proved of the contexts: `q_inf`
+    bounds the sum of all that sweeps change in the source, and a slow gate makes little of it much.
+    So changes of one sweep may be small and those of the next large, where slow and fast
+    coordinates read each other: two are judged together.
     """
     length = len(part)
     by_hand = part.forget is not None and isinstance(part.cell, ConvexCell)
@@ -612,7 +634,7 @@ def _adjoint(
     total = torch.zeros_like(grad)
     # what no sweep changes any more lies at the end
     moving, cap = length, settings.max_sweeps
-    progress = _Progress(settings, floor=_SMALLEST_GRADIENT)
+    progress = _Progress(replace(settings, bound=None), floor=_SMALLEST_GRADIENT, in_turn=True)
     while moving > 0:
         if progress.num_sweeps == cap:
             if cap > settings.max_sweeps or progress.rate >= _HOPELESS:
