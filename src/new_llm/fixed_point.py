@@ -293,10 +293,14 @@ class _Anderson:
             return updated
         updates = self.updates[:kept, rows].transpose(0, 1)  # [M, kept, C]
         residuals = updates - self.contexts[:kept, rows].transpose(0, 1)
+        # in double precision: in single the ridge is less than the rounding of what it is added to
+        residuals = residuals.double()
         gram = residuals @ residuals.transpose(1, 2)
         scale = gram.diagonal(dim1=1, dim2=2).amax(dim=1).clamp(min=_TINY)
         eye = torch.eye(kept, dtype=gram.dtype, device=gram.device)
         ones = gram.new_ones(len(rows), kept, 1)
-        shares = torch.linalg.solve(gram / scale[:, None, None] + ANDERSON_RIDGE * eye, ones)
-        shares = shares / shares.sum(dim=1, keepdim=True)
-        return (shares * updates).sum(dim=1)
+        # no check: what has no solution says so by its numbers, without a wait for the device
+        shares, _ = torch.linalg.solve_ex(gram / scale[:, None, None] + ANDERSON_RIDGE * eye, ones)
+        shares = (shares / shares.sum(dim=1, keepdim=True)).to(updates.dtype)
+        mixed = (shares * updates).sum(dim=1)
+        return torch.where(mixed.isfinite().all(dim=1, keepdim=True), mixed, updated)
