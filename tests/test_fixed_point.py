@@ -283,5 +283,37 @@ def test_the_distance_is_estimated_from_the_rate() -> None:
     left = (found.context[:, 0] - exact).abs() / exact
     torch.testing.assert_close(found.rate, rate.float(), rtol=1e-3, atol=0.0)
     torch.testing.assert_close(found.distance, left.float(), rtol=2e-2, atol=0.0)
+    assert torch.equal(found.distance, found.change * found.rate / (1.0 - found.rate))
     grows = solve(lambda c, rows: 1.1 * c + 1.0, torch.zeros(1, 1), metric="l2", max_iterations=20)
     assert grows.distance.isinf().all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(rate=st.floats(-0.95, 0.95), damping=st.floats(0.01, 0.9))
+def test_the_distance_covers_either_sign_with_damping(rate: float, damping: float) -> None:
+    """Changes are of the undamped update, the rate of the damped iteration."""
+    goal = torch.tensor([[1.0, 2.0]], dtype=torch.float64) / (1.0 - rate)
+    found = solve(
+        lambda c, rows: goal + rate * (c - goal),
+        torch.zeros(1, 2, dtype=torch.float64),
+        metric="l2",
+        tolerance=1e-3,
+        damping=damping,
+        max_iterations=5000,
+    )
+    left = (found.context - goal).norm().item()
+    assert left <= 1.01 * found.distance.item() + 1e-12
+
+
+@pytest.mark.parametrize(("rate", "damping"), [(0.9, 0.5), (-0.9, 0.47), (-0.5, 0.33)])
+def test_the_distance_with_damping_is_near_the_truth(rate: float, damping: float) -> None:
+    goal = torch.tensor([[1.0, 2.0]]) / (1.0 - rate)
+    found = solve(
+        lambda c, rows: goal + rate * (c - goal),
+        torch.zeros(1, 2),
+        tolerance=1e-3,
+        damping=damping,
+        max_iterations=1000,
+    )
+    left = (found.context - goal).norm().item() / found.context.norm().item()
+    assert found.distance.item() == pytest.approx(left, rel=0.05)
