@@ -132,6 +132,46 @@ def test_anderson_needs_fewer_iterations() -> None:
     torch.testing.assert_close(mixed.context, plain.context, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("width", [2, 256])
+def test_anderson_of_parallel_differences(width: int) -> None:
+    """All differences lie on one line: least squares alone has no single solution."""
+    found = solve(
+        lambda context, rows: 0.5 * context + 1.0,
+        torch.zeros(3, width),
+        tolerance=1e-6,
+        max_iterations=60,
+        method="anderson",
+    )
+    assert found.converged.all() and found.mean_iterations < 10
+    torch.testing.assert_close(found.context, torch.full((3, width), 2.0))
+
+
+@pytest.mark.parametrize("coupling", [0.0, 0.95])
+@pytest.mark.parametrize("width", [1, 16])
+def test_anderson_where_single_precision_ends(width: int, coupling: float) -> None:
+    """Near the end differences are rounding, which mixes into nothing useful, and never crashes."""
+    torch.manual_seed(0)
+    cell = ConvexCell(width, 64, 64, coupling_limit=coupling).eval()
+    x, zero = torch.randn(200, 64), torch.zeros(200, width)
+    solver = SolverConfig(method="anderson", tolerance=1e-8)
+    found = solve_tokens(cell, x, zero, solver)
+    plain = solve_tokens(cell, x, zero, SolverConfig(tolerance=1e-7))
+    assert (found.change < 1e-6).all()
+    torch.testing.assert_close(found.context, plain.context, atol=1e-5, rtol=1e-5)
+
+
+def test_anderson_takes_the_plain_update_where_mixing_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failed = lambda a, b: (torch.full_like(b, torch.nan), None)  # noqa: E731
+    monkeypatch.setattr(torch.linalg, "solve_ex", failed)
+    update = lambda context, rows: 0.5 * context + 1.0  # noqa: E731
+    zero = torch.zeros(3, 2)
+    mixed = solve(update, zero, tolerance=1e-6, method="anderson")
+    plain = solve(update, zero, tolerance=1e-6)
+    assert torch.equal(mixed.context, plain.context)
+
+
 def test_metrics_are_what_the_documents_mix_up() -> None:
     updated, context = torch.full((1, 256), 0.1), torch.zeros(1, 256)
     mse, l2 = measure(updated, context, "mse"), measure(updated, context, "l2")
@@ -243,5 +283,37 @@ def test_the_distance_is_estimated_from_the_rate() -> None:
     left = (found.context[:, 0] - exact).abs() / exact
     torch.testing.assert_close(found.rate, rate.float(), rtol=1e-3, atol=0.0)
     torch.testing.assert_close(found.distance, left.float(), rtol=2e-2, atol=0.0)
+    assert torch.equal(found.distance, found.change * found.rate / (1.0 - found.rate))
     grows = solve(lambda c, rows: 1.1 * c + 1.0, torch.zeros(1, 1), metric="l2", max_iterations=20)
     assert grows.distance.isinf().all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(rate=st.floats(-0.95, 0.95), damping=st.floats(0.01, 0.9))
+def test_the_distance_covers_either_sign_with_damping(rate: float, damping: float) -> None:
+    """Changes are of the undamped update, the rate of the damped iteration."""
+    goal = torch.tensor([[1.0, 2.0]], dtype=torch.float64) / (1.0 - rate)
+    found = solve(
+        lambda c, rows: goal + rate * (c - goal),
+        torch.zeros(1, 2, dtype=torch.float64),
+        metric="l2",
+        tolerance=1e-3,
+        damping=damping,
+        max_iterations=5000,
+    )
+    left = (found.context - goal).norm().item()
+    assert left <= 1.01 * found.distance.item() + 1e-12
+
+
+@pytest.mark.parametrize(("rate", "damping"), [(0.9, 0.5), (-0.9, 0.47), (-0.5, 0.33)])
+def test_the_distance_with_damping_is_near_the_truth(rate: float, damping: float) -> None:
+    goal = torch.tensor([[1.0, 2.0]]) / (1.0 - rate)
+    found = solve(
+        lambda c, rows: goal + rate * (c - goal),
+        torch.zeros(1, 2),
+        tolerance=1e-3,
+        damping=damping,
+        max_iterations=1000,
+    )
+    left = (found.context - goal).norm().item() / found.context.norm().item()
+    assert found.distance.item() == pytest.approx(left, rel=0.05)

@@ -261,6 +261,18 @@ def test_a_rate_remembers_sweeps_that_were_slow() -> None:
     assert progress.rate == pytest.approx(0.3, abs=0.01)
 
 
+def test_a_rate_over_two_sweeps_has_seen_both_shrink() -> None:
+    """The first change is the gradient itself: how the third compares with it says little."""
+    settings = _Settings(tolerance=1e-5, max_sweeps=12, chunk=64, bound=None)
+    progress = _Progress(settings, in_turn=True)
+    rates = []
+    for change in (1.0, 0.006, 0.01, 0.003):
+        progress.look(torch.full((1, 1, 2), change), torch.zeros(1, 1, 2), "gradients")
+        rates.append(progress.rate)
+    assert rates[2] > 1.0
+    assert rates[3] == pytest.approx(0.5**0.5)
+
+
 def test_a_proved_rate_bounds_the_distance() -> None:
     cell = ConvexCell(16, 16, 16, coupling_limit=0.04).double().eval()
     bound = proved_rate(cell, cell.weights())
@@ -273,6 +285,66 @@ def test_a_proved_rate_bounds_the_distance() -> None:
     assert distance <= found.sweeps.distance <= 1e-5
     assert found.sweeps.rate <= bound
     assert proved_rate(make("layerwise"), ()) is None
+
+
+def furthest(found: Tensor, exact: Tensor) -> float:
+    """Return the largest relative distance of any position."""
+    return ((found - exact).norm(dim=-1) / exact.norm(dim=-1)).max().item()
+
+
+@pytest.mark.parametrize("chunk", [16, None])
+def test_a_proved_distance_bounds_what_chunks_inherit(chunk: int | None) -> None:
+    """Each chunk takes its start as given: errors of many chunks in a row come to more than one."""
+    beyond = 0.0
+    for seed in range(8):
+        torch.manual_seed(seed)
+        cell = ConvexCell(1, 1, 1, coupling_limit=0.5, certified=True).double()
+        with torch.no_grad():
+            cell.to_forget.bias.fill_(1.0)
+        cell.eval()
+        x, zero = torch.randn(1, 512, 1).double(), torch.zeros(1, 1).double()
+        for tolerance in (1e-2, 1e-5):
+            found = carry(cell, x, zero, engine="gate-scan", tolerance=tolerance, chunk=chunk)
+            exact = scan(cell, x, zero)
+            size = exact.abs().clamp(min=2e-3 * exact.abs().amax())
+            distance = ((found.contexts - exact).abs() / size).max().item()
+            assert found.proved and distance <= found.sweeps.distance
+            beyond = max(beyond, distance / tolerance)
+    if chunk:
+        assert beyond > 1.0
+
+
+def test_a_proved_distance_does_not_grow_with_the_text() -> None:
+    torch.manual_seed(0)
+    cell = ConvexCell(16, 16, 16, coupling_limit=0.5, certified=True).double().eval()
+    x, zero = torch.randn(1, 400, 16).double(), torch.zeros(1, 16).double()
+    short, long = (
+        carry(cell, x.repeat(1, times, 1), zero, engine="gate-scan", chunk=16).sweeps
+        for times in (1, 10)
+    )
+    assert short.distance <= long.distance <= 2 * short.distance
+
+
+def test_what_rested_before_a_fall_back_keeps_its_distance() -> None:
+    torch.manual_seed(0)
+    cell = ConvexCell(32, 16, 32).double().eval()
+    x, zero = torch.randn(1, 200, 16).double(), torch.zeros(1, 32).double()
+    exact = scan(cell, x, zero).detach()
+    guess = exact + 1e-6 * torch.randn_like(exact)
+    guess[:, 100:] = 0.0
+    for chunk in (16, 200):
+        # in chunks of 16 the second half goes to the scan at once
+        found = carry(cell, x, zero, engine="gate-scan", guess=guess, max_sweeps=1, chunk=chunk)
+        assert found.sweeps.fallbacks["scan"]
+        distance = furthest(found.contexts, exact)
+        assert 1e-9 < distance <= found.sweeps.distance <= 1e-5
+
+
+def test_a_single_sweep_measures_no_rate() -> None:
+    cell = ConvexCell(8, 4, 8, coupling_limit=0.0).eval()
+    found = carry(cell, torch.randn(1, 20, 4), torch.zeros(1, 8), engine="gate-scan")
+    assert found.sweeps.num_sweeps == 1
+    assert found.sweeps.rate == 0.0
 
 
 def test_a_good_guess_saves_sweeps() -> None:
@@ -354,6 +426,53 @@ def test_the_gradient_has_its_own_record() -> None:
     assert 1 < found.adjoint.num_sweeps <= 12
     assert found.adjoint.distance <= 1e-5
     assert not found.adjoint.fallbacks
+
+
+def slow_reads_fast(coupling: float) -> ConvexCell:
+    """Return a cell of one slow and one fast coordinate, each of which reads the other alone."""
+    cell = ConvexCell(2, 2, 2, coupling_limit=coupling, certified=True).double()
+    with torch.no_grad():
+        for parameter in cell.parameters():
+            parameter.zero_()
+        cell.from_context.weight.copy_(coupling**0.5 * torch.eye(2))
+        cell.to_delta.weight.copy_(coupling**0.5 * torch.eye(2).roll(1, 0))
+        cell.from_token.bias.fill_(3.0)
+        cell.from_token.weight.normal_(std=0.1)
+        cell.to_share.bias.fill_(20.0)
+        cell.to_forget.bias.copy_(torch.logit(torch.tensor([0.99895, 1e-3]) / cell.forget_max))
+    return cell.eval()
+
+
+@pytest.mark.parametrize(
+    ("coupling", "tolerance"), [(0.5, 1e-2), (0.5, 1e-5), (0.7, 1e-5), (0.9, 1e-4)]
+)
+def test_a_gradient_that_changes_now_little_and_now_much(coupling: float, tolerance: float) -> None:
+    """The loss reads the slow coordinate: every other sweep moves only the fast one, by little."""
+    torch.manual_seed(0)
+    cell = slow_reads_fast(coupling)
+    x, zero = torch.randn(1, 2048, 2).double(), torch.zeros(1, 2).double()
+    weight = torch.tensor([1.0, 0.0]).double()
+    grads = []
+    for engine in ("scan", "gate-scan"):
+        leaf = x.clone().requires_grad_()
+        found = carry(cell, leaf, zero, engine=engine, tolerance=tolerance)
+        (found.contexts * weight).sum().backward()
+        assert leaf.grad is not None
+        grads.append(leaf.grad)
+    exact, swept = grads
+    assert (swept - exact).norm() / exact.norm() <= 4 * found.adjoint.distance <= 4 * tolerance
+    assert not found.adjoint.fallbacks["scan"] and found.adjoint.rate < 1.0
+
+
+def test_a_gradient_that_was_scanned_keeps_the_distance_of_what_rested() -> None:
+    torch.manual_seed(0)
+    cell = slow_reads_fast(0.7)
+    x = torch.randn(1, 500, 2).double()
+    zero = torch.zeros(1, 2).double()
+    found = carry(cell, x, zero, engine="gate-scan", tolerance=1e-3, max_sweeps=2)
+    found.contexts.sum().backward()
+    assert found.adjoint.fallbacks["scan"]
+    assert 0.0 < found.adjoint.distance <= 1e-3
 
 
 def test_sequential_has_no_separate_gate() -> None:

@@ -45,15 +45,23 @@ class FixedPoint:
     """Factor that the last changes shrank by in an iteration, their geometric mean, `[N]`."""
     curve: Tensor
     """10 %, 50 % and 90 % quantile over tokens of the change after each iteration, `[K, 3]`."""
+    damping: float = 0.0
+    """Share of the old context that each iteration kept."""
 
     @property
     def distance(self) -> Tensor:
-        """Estimate of what is left to the fixed point, `change * rate / (1 - rate)`, `[N]`.
+        """Estimate of what is left to the fixed point, `[N]`, in the metric asked for.
 
-        In the metric asked for; infinite where changes do not shrink.
+        `change * r / (1 - r)`, `r` the factor that the undamped update shrinks distances by: `rate`
+        itself, or with damping `d` `(rate - d) / (1 - d)` or `(-rate - d) / (1 - d)`, whichever
+        leaves more. Infinite where changes do not shrink. Of `anderson`, whose steps are not those
+        of the update, it says only where changes would lead that went on shrinking as they did.
         """
-        left = self.change * self.rate / (1.0 - self.rate)
-        return torch.where(self.rate < 1.0, left, torch.inf)
+        rate, kept = self.rate, self.damping
+        # both `abs(r) / (1 - r)`, multiplied out
+        same = self.change * (rate - kept).abs() / (1.0 - rate)
+        opposite = self.change * (rate + kept) / (1.0 + rate)
+        return torch.where(rate < 1.0, same.maximum(opposite), torch.inf)
 
     def replaced(self, rows: Tensor, later: "FixedPoint") -> "FixedPoint":
         """Return this with tokens `rows` as a second search left them, iterations added."""
@@ -177,6 +185,7 @@ def solve(
         change=torch.cat([part.change for part in parts]),
         rate=torch.cat([part.rate() for part in parts]),
         curve=torch.stack(curve).cpu() if curve else torch.zeros(0, 3),
+        damping=damping,
     )
 
 
@@ -293,10 +302,14 @@ class _Anderson:
             return updated
         updates = self.updates[:kept, rows].transpose(0, 1)  # [M, kept, C]
         residuals = updates - self.contexts[:kept, rows].transpose(0, 1)
+        # in double precision: in single the ridge is less than the rounding of what it is added to
+        residuals = residuals.double()
         gram = residuals @ residuals.transpose(1, 2)
         scale = gram.diagonal(dim1=1, dim2=2).amax(dim=1).clamp(min=_TINY)
         eye = torch.eye(kept, dtype=gram.dtype, device=gram.device)
         ones = gram.new_ones(len(rows), kept, 1)
-        shares = torch.linalg.solve(gram / scale[:, None, None] + ANDERSON_RIDGE * eye, ones)
-        shares = shares / shares.sum(dim=1, keepdim=True)
-        return (shares * updates).sum(dim=1)
+        # no check: what has no solution says so by its numbers, without a wait for the device
+        shares, _ = torch.linalg.solve_ex(gram / scale[:, None, None] + ANDERSON_RIDGE * eye, ones)
+        shares = (shares / shares.sum(dim=1, keepdim=True)).to(updates.dtype)
+        mixed = (shares * updates).sum(dim=1)
+        return torch.where(mixed.isfinite().all(dim=1, keepdim=True), mixed, updated)

@@ -11,7 +11,6 @@ comes first: a part of a text is then one piece of memory.
 import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -82,9 +81,11 @@ class Sweeps:
     residual: float = 0.0
     """Largest relative change of a position in the last sweep of its part."""
     rate: float = 0.0
-    """Largest ratio of successive changes, in the sup-norm."""
+    """Largest of the last few ratios of changes when a part ended, in the sup-norm; 0 where none
+    took a second sweep. Of a gradient it is taken over two sweeps where single ratios are 0.95."""
     distance: float = 0.0
-    """Relative distance to the true recurrence, the largest of any position."""
+    """Relative distance to the true recurrence, the largest of any position: a bound with
+    `Carried.proved`, else an estimate of what each part adds, as is always that of a gradient."""
     work: int = 0
     """Positions computed, those of every sweep counted; `T` for a scan."""
     fallbacks: Counter[str] = field(default_factory=Counter)
@@ -104,7 +105,8 @@ class Carried:
     adjoint: Sweeps
     """Of the gradient, once `backward` was called."""
     proved: bool
-    """Whether the distance rests on `q_inf < 1`, or on the rate that was measured."""
+    """Whether `sweeps.distance` is a bound by `q_inf < 1`, or an estimate by the measured rate;
+    says nothing of the gradient."""
 
     @property
     def fell_back(self) -> bool:
@@ -280,9 +282,11 @@ def carry(
     """Carry the context through a text by an engine, and say what it reached.
 
     Sweeps go over one chunk after another, each from the context that the one before ended in, so
-    that memory is bounded by the chunk. A chunk rests when the distance to the true recurrence,
+    that memory is bounded by the chunk. A chunk rests when the distance to where its sweeps lead,
     `residual * rate / (1 - rate)`, is under the tolerance at every position. One that does not gets
-    more sweeps, then smaller chunks, then the scan; all of that stands in the result.
+    more sweeps, then smaller chunks, then the scan; all of that stands in the result. What a chunk
+    inherits from the one before is added to the distance where `q_inf < 1` bounds it, so that this
+    may exceed the tolerance.
 
     Args:
         cell: the update.
@@ -293,7 +297,7 @@ def carry(
         real: False at padding, `[B, T]` bool; padding holds the context.
         weights: `cell.weights()`, where they were taken already.
         guess: contexts to start from, `[B, T, C]`; None is zeros.
-        tolerance: largest relative distance to the true recurrence.
+        tolerance: largest relative distance that the sweeps over a chunk may leave.
         max_sweeps: cap on sweeps, before more are a fall-back.
         chunk: positions that are solved at once; None is what the device likes.
 
@@ -391,10 +395,10 @@ class _Swept(torch.autograd.Function):
          *weights) = inputs  # fmt: skip
         text = _Part.make(cell, tuple(weights), projected, keep, real, gate_exact=gate_exact)
         contexts = projected.new_empty(*projected.shape[:2], cell.context_width)
-        carried = initial
+        carried, error = initial, 0.0
         for part in settings.ranges(len(text)):
             start = None if guess is None else guess[part]
-            contexts[part] = _solve(text[part], carried, start, settings, sweeps)
+            contexts[part], error = _solve(text[part], carried, start, settings, sweeps, error)
             carried = contexts[part][-1]
         ctx.save_for_backward(keep, real, initial, projected, contexts, *weights)
         ctx.settings = cell, gate_exact, settings, adjoint
@@ -424,27 +428,52 @@ class _Swept(torch.autograd.Function):
 class _Progress:
     """What successive sweeps over a part say of the distance to their end."""
 
-    def __init__(self, settings: _Settings, *, floor: float = _SMALLEST) -> None:
+    def __init__(
+        self,
+        settings: _Settings,
+        *,
+        error: float = 0.0,
+        floor: float = _SMALLEST,
+        in_turn: bool = False,
+    ) -> None:
         self.settings = settings
+        self.error = error
+        """The most that any number is wrong by, where a rate is proved: at first of the context
+        that the part goes on from, then of all of its positions."""
         self.floor = floor
+        self.in_turn = in_turn
+        """Whether changes may be large and small in turn, so that two say more than one."""
         self.num_sweeps = 0
         self.work = 0
         self.residual = float("inf")
-        self.distance = 0.0
-        """Relative distance to the end, the largest of the positions that rest."""
         self._largest: list[float] = []
+        self._before: Tensor | None = None
+        self._estimate = 0.0
+        self._rests = False
 
     @property
     def rate(self) -> float:
         """The largest of the last ratios of largest changes; after one sweep only a guess."""
-        last = self._largest[-1 - _RATIOS :]
-        ratios = [now / before if before > 0.0 else 0.0 for before, now in pairwise(last)]
-        return max(ratios) if ratios else _ASSUMED_RATE
+        if self.num_sweeps < 2:
+            return _ASSUMED_RATE
+        rate = self._ratio(1)
+        # over two sweeps once both kinds of change were seen to shrink, the large and the small
+        if self.in_turn and rate >= _HOPELESS and self.num_sweeps > 3:
+            rate = math.sqrt(self._ratio(2))
+        return rate
+
+    def _ratio(self, apart: int) -> float:
+        """Return the largest of the last ratios of changes that many sweeps apart."""
+        last = self._largest[-apart - _RATIOS :]
+        pairs = zip(last[:-apart], last[apart:], strict=True)
+        return max(now / before if before > 0.0 else 0.0 for before, now in pairs)
 
     @property
     def factor(self) -> float:
-        """What a change is multiplied by to bound the distance that is left."""
+        """What a change, or the sum of two in turn, is multiplied by for the distance left."""
         rate = max(self.rate, _LEAST_RATE) if self.settings.bound is None else self.settings.bound
+        if self.in_turn:
+            rate = rate * rate
         return rate / (1.0 - rate) if rate < 1.0 else float("inf")
 
     def rest(self, relative: Tensor) -> int:
@@ -452,20 +481,41 @@ class _Progress:
 
         A position whose past rests has read it: it is as near as its own change says.
         """
+        change = relative
+        if self.in_turn:
+            before = relative / _ASSUMED_RATE if self._before is None else self._before
+            # what a sweep leaves as it is, with all that it reads, no other sweep will change
+            relative = torch.where(change > 0.0, change + before, change)
         limit = self.settings.tolerance / max(self.factor, _TINY)
         moving = (relative >= limit) if limit > 0.0 else (relative > 0.0)
         count = int((moving.cumsum(dim=0) == 0).sum())
-        largest = relative[:count].amax().item() if count else 0.0
+        self._before = change[count:]
+        if count == 0:
+            return 0
+        largest = relative[:count].amax().item()
         if largest > 0.0:
-            self.distance = max(self.distance, largest * self.factor)
+            self._estimate = max(self._estimate, largest * self.factor)
+        if self.settings.bound is not None and not self._rests:
+            # delta passes on `bound` of the error that the last sweep left, and the gate averages
+            # that with what it keeps: errors of many chunks come to no more than `own / (1 -
+            # bound)`, and more sweeps over those that do not rest yet make no error larger
+            own = self.factor * self._largest[-1]
+            self.error = max(self.error, self.settings.bound * self.error + own)
+        self._rests = True
         return count
+
+    def distance(self, solved: Tensor) -> float:
+        """Return the relative distance of solved positions to the recurrence, the largest."""
+        if self.settings.bound is None or len(solved) == 0:
+            return self._estimate
+        smallest = _sizes(solved, self.floor).amin().item()
+        return self.error * math.sqrt(solved.shape[-1]) / smallest
 
     def look(self, updated: Tensor, old: Tensor, what: str) -> Tensor:
         """Take note of a sweep; return the relative change of each position, `[T]`."""
         difference = updated - old
         width = updated.shape[-1]
-        size = torch.linalg.vector_norm(updated, dim=-1)
-        size = size.maximum(self.floor * size.amax()).clamp(min=_TINY)
+        size = _sizes(updated, self.floor)
         largest = difference.abs().amax()
         if self.settings.bound is None:
             change = torch.linalg.vector_norm(difference, dim=-1)
@@ -487,8 +537,15 @@ class _Progress:
     def note(self, sweeps: Sweeps) -> None:
         """Add what was reached to the record of a whole text."""
         sweeps.num_sweeps = max(sweeps.num_sweeps, self.num_sweeps)
-        sweeps.rate = max(sweeps.rate, self.rate)
+        if self.num_sweeps > 1:
+            sweeps.rate = max(sweeps.rate, self.rate)
         sweeps.work += self.work
+
+
+def _sizes(values: Tensor, floor: float) -> Tensor:
+    """Return what changes are relative to, `[T, B, C]` to `[T, B]`."""
+    size = torch.linalg.vector_norm(values, dim=-1)
+    return size.maximum(floor * size.amax()).clamp(min=_TINY)
 
 
 def _solve(
@@ -497,15 +554,19 @@ def _solve(
     guess: Tensor | None,
     settings: _Settings,
     sweeps: Sweeps,
+    error: float,
     *,
     whole: bool = True,
-) -> Tensor:
-    """Return the contexts of a part, by whatever it takes."""
+) -> tuple[Tensor, float]:
+    """Return the contexts of a part, by whatever it takes, and the most a number is wrong by.
+
+    `error` is the same of `initial`. Both are bounds where a rate is proved, and nothing elsewhere.
+    """
     if guess is None:
         contexts = initial.new_zeros(*part.projected.shape[:2], initial.shape[-1])
     else:
         contexts = guess.clone()
-    progress, rested = _Progress(settings), 0
+    progress, rested = _Progress(settings, error=error), 0
     cap = settings.max_sweeps
     while rested < len(part):
         if progress.num_sweeps == cap:
@@ -522,24 +583,28 @@ def _solve(
     progress.note(sweeps)
     if rested == len(part):
         sweeps.residual = max(sweeps.residual, progress.residual)
-        sweeps.distance = max(sweeps.distance, progress.distance)
-        return contexts
+        sweeps.distance = max(sweeps.distance, progress.distance(contexts))
+        return contexts, progress.error
     start = initial if rested == 0 else contexts[rested - 1]
     left = part[rested:]
     smaller = max(SMALLEST_CHUNK, len(part) // 8)
     if whole and progress.rate < _HOPELESS and smaller < len(left):
         sweeps.fallbacks["smaller chunks"] += 1
+        sweeps.distance = max(sweeps.distance, progress.distance(contexts[:rested]))
+        error = progress.error
         for begin in range(0, len(left), smaller):
             piece = slice(rested + begin, min(rested + begin + smaller, len(part)))
-            contexts[piece] = _solve(
-                part[piece], start, contexts[piece], settings, sweeps, whole=False
+            contexts[piece], error = _solve(
+                part[piece], start, contexts[piece], settings, sweeps, error, whole=False
             )
             start = contexts[piece][-1]
-        return contexts
+        return contexts, error
     sweeps.fallbacks["scan"] += 1
     sweeps.work += len(left)
     contexts[rested:] = left.scan(start)
-    return contexts
+    # a scan is exact, but goes on from where sweeps ended
+    sweeps.distance = max(sweeps.distance, progress.distance(contexts))
+    return contexts, progress.error
 
 
 def _adjoint(
@@ -554,7 +619,10 @@ def _adjoint(
 
     `lambda_t = g_t + J_{t+1}^T lambda_{t+1}` by sweeps from the end; with the gate exact that is
     `lambda_t = forget_{t+1} lambda_{t+1} + g_t + D_{t+1}^T (1 - forget_{t+1}) lambda_{t+1}`, `D`
-    the Jacobian of `delta`.
+    the Jacobian of `delta`. Its distance is an estimate whatever is proved of the contexts: `q_inf`
+    bounds the sum of all that sweeps change in the source, and a slow gate makes little of it much.
+    So changes of one sweep may be small and those of the next large, where slow and fast
+    coordinates read each other: two are judged together.
     """
     length = len(part)
     by_hand = part.forget is not None and isinstance(part.cell, ConvexCell)
@@ -566,7 +634,7 @@ def _adjoint(
     total = torch.zeros_like(grad)
     # what no sweep changes any more lies at the end
     moving, cap = length, settings.max_sweeps
-    progress = _Progress(settings, floor=_SMALLEST_GRADIENT)
+    progress = _Progress(replace(settings, bound=None), floor=_SMALLEST_GRADIENT, in_turn=True)
     while moving > 0:
         if progress.num_sweeps == cap:
             if cap > settings.max_sweeps or progress.rate >= _HOPELESS:
@@ -583,9 +651,9 @@ def _adjoint(
         total[:moving] = source
         moving -= progress.rest(relative.flip(0))
     progress.note(sweeps)
+    sweeps.distance = max(sweeps.distance, progress.distance(total[moving:]))
     if moving == 0:
         sweeps.residual = max(sweeps.residual, progress.residual)
-        sweeps.distance = max(sweeps.distance, progress.distance)
     else:
         sweeps.fallbacks["scan"] += 1
         sweeps.work += moving
