@@ -38,7 +38,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiments, "NUM_SEEDS", 1)
     monkeypatch.setattr(trials, "SEED_VOCAB_SIZE", 3000)
     monkeypatch.setattr(trials, "_VERDICT_IDS", 16)
-    monkeypatch.setattr(laboratory, "read_text", lambda source: TEXT)
+    monkeypatch.setattr(laboratory, "read_text", lambda source, report: TEXT)
 
 
 @pytest.fixture
