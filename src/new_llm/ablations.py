@@ -11,7 +11,17 @@ import torch
 from .config import PeerConfig, RunConfig, from_dict, preset, to_dict
 from .console import Console
 from .model import num_parameters
-from .quality import Corpus, build, matched, mixed_loss, num_steps, opened, places_of, trained
+from .quality import (
+    Corpus,
+    build,
+    filled,
+    matched,
+    mixed_loss,
+    num_steps,
+    opened,
+    places_of,
+    trained,
+)
 from .runner import Numbers
 
 LIMITS = (0.0, 0.25, 0.5, 1.0, 2.0)
@@ -111,18 +121,6 @@ def ablations() -> Iterator[Ablation]:
         phase2=adamw,
     )  # fmt: skip
     yield Ablation(table="recipe", name="minGRU", kind="mingru")
-
-
-def filled(model: Numbers, vocab_size: int) -> Numbers:
-    """Return a shape whose MLPs have got the weights that no coupling leaves idle."""
-    with torch.device("meta"):
-        made = build(model, vocab_size)
-    idle = sum(
-        parameter.numel()
-        for name, parameter in made.named_parameters()
-        if "from_context" in name or "to_share" in name
-    )
-    return matched(model, num_parameters(made) + idle, vocab_size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -215,6 +215,18 @@ def matched(model: Numbers, wanted: int, vocab_size: int) -> Numbers:
     return model | {"mlp_width": max(width, 0)}
 
 
+def filled(model: Numbers, vocab_size: int) -> Numbers:
+    """Return a shape whose MLPs have got the weights that no coupling leaves idle."""
+    with torch.device("meta"):
+        made = build(model, vocab_size)
+    idle = sum(
+        parameter.numel()
+        for name, parameter in made.named_parameters()
+        if "from_context" in name or "to_share" in name
+    )
+    return matched(model, num_parameters(made) + idle, vocab_size)
+
+
 def trained(
     *,
     model: Numbers,

@@ -3,27 +3,31 @@
 Each task is drawn anew for every step, so that nothing can be learned by heart. Models train on
 short texts and are asked at distances far past them. Axes: `B` texts, `T` positions.
 
-Sources: copying and recall as in "Unitary evolution recurrent neural networks" (arXiv:1511.06464)
-and "Zoology" (arXiv:2312.04927); parity and the permutations of three as in "The illusion of state
-in state-space models" (arXiv:2404.08819).
+Sources: copying over blanks as in "Unitary evolution recurrent neural networks" (arXiv:1511.06464),
+recall of names as in "Zoology" (arXiv:2312.04927), states that permutations move as in "The
+illusion of state in state-space models" (arXiv:2404.08819), here those of three things.
 """
 
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .cell import ConvexCell
 from .config import PeerConfig, Phase2Config, preset, scaled, to_dict
 from .console import Console
 from .errors import NonFiniteError
-from .model import LanguageModel, num_parameters, token_losses
+from .model import LanguageModel, NewLLM, num_parameters, token_losses
+from .peers import Peer
 from .phase2 import learning_rate, make_optimisers
-from .quality import PEERS, build, device_name, matched, places_of
+from .quality import PEERS, build, device_name, filled, matched, places_of
 from .runner import Numbers, Runner
 
 # a position counts as answered where at least this share of texts is right
@@ -31,9 +35,15 @@ HELD = 0.9
 # texts train on distances up to this, and are asked up to LONGEST
 TRAINED = 64
 LONGEST = 2048
-# of the slowest unit, in tokens, at the start: tried beside how gates usually begin
-LONG_TIMESCALE = 1000.0
-_SHORTEST = 4
+# of the slowest unit, in tokens, at the start; None is how gates of a peer usually begin
+TIMESCALES = (100.0, 1000.0)
+# settings are chosen on texts of one seed and scored on those of another. A generator keeps the
+# low 32 bits of a seed: those of training, which are small, are none of these
+CHOSEN_ON, SCORED_ON = 1_000_001, 1_000_002
+# positions a distance is asked at, about, in so many texts at least and at most
+_POSITIONS, _FEWEST, _MOST = 1 << 17, 64, 1024
+# positions that are read side by side
+_SIDE_BY_SIDE = 1 << 15
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +74,9 @@ class Task:
     draw: Callable[[int, int, torch.Generator], Examples]
     """Texts of a length or distance, so many, from a generator."""
     chance: float
-    """Share of right answers of a model that remembers nothing."""
+    """Share of right answers of a model that does not know which answer is meant."""
+    shortest: int
+    """Length of the shortest texts of training."""
 
 
 def parity(length: int, batch: int, generator: torch.Generator) -> Examples:
@@ -96,14 +108,20 @@ def _products() -> Tensor:
 
 
 _SYMBOLS = 16
+_COPIED = 8
 
 
 def copied(length: int, batch: int, generator: torch.Generator) -> Examples:
-    """Return symbols, a mark, and the same symbols: what follows each from the mark on is asked."""
-    symbols = torch.randint(_SYMBOLS, (batch, length), generator=generator)
-    mark = symbols.new_full((batch, 1), _SYMBOLS)
-    ids = torch.cat([symbols, mark, symbols[:, :-1]], dim=1)
-    targets = torch.cat([torch.full_like(symbols, -1), symbols], dim=1)
+    """Return eight symbols, blanks, a mark, and the same symbols, asked from the mark on.
+
+    Each is asked `length` positions after it was said: eight at least. However far that is, 32 bits
+    must be kept.
+    """
+    symbols = torch.randint(_SYMBOLS, (batch, _COPIED), generator=generator)
+    blanks = symbols.new_full((batch, length - _COPIED), _SYMBOLS)
+    mark = symbols.new_full((batch, 1), _SYMBOLS + 1)
+    ids = torch.cat([symbols, blanks, mark, symbols[:, :-1]], dim=1)
+    targets = torch.cat([symbols.new_full((batch, length), -1), symbols], dim=1)
     return Examples(ids=ids, targets=targets, distance=torch.full_like(ids, length))
 
 
@@ -115,20 +133,23 @@ _ASKED_SHARE = 0.1
 def induced(length: int, batch: int, generator: torch.Generator) -> Examples:
     """Return four keys, each with a name, then noise in which keys return: whose name is asked.
 
-    A name is said once. `length` is how far the noise reaches; keys are one token in ten of it.
+    A name is said once, at most `length` positions, seven at least, before it is asked for. Keys
+    are one token in ten of the noise.
     """
     keys = torch.rand(batch, _NAMES, generator=generator).argsort(dim=1)[:, :_PAIRS]
     names = torch.randint(_NAMES, (batch, _PAIRS), generator=generator)
     told = torch.stack([keys, names + _NAMES], dim=-1).flatten(1)
-    noise = torch.randint(_SYMBOLS, (batch, length), generator=generator) + 2 * _NAMES
-    asked = torch.rand(batch, length, generator=generator) < _ASKED_SHARE
+    # the first name stands seven positions before the noise
+    count = length - 2 * (_PAIRS - 1)
+    noise = torch.randint(_SYMBOLS, (batch, count), generator=generator) + 2 * _NAMES
+    asked = torch.rand(batch, count, generator=generator) < _ASKED_SHARE
     asked[:, -1] = True
-    which = torch.randint(_PAIRS, (batch, length), generator=generator)
+    which = torch.randint(_PAIRS, (batch, count), generator=generator)
     ids = torch.cat([told, torch.where(asked, keys.gather(1, which), noise)], dim=1)
     answers = torch.where(asked, names.gather(1, which) + _NAMES, -1)
     targets = torch.cat([torch.full_like(told, -1), answers], dim=1)
     distance = torch.cat([torch.zeros_like(told), 2 * (_PAIRS - which) - 1
-                          + torch.arange(length)], dim=1)  # fmt: skip
+                          + torch.arange(count)], dim=1)  # fmt: skip
     return Examples(ids=ids, targets=targets, distance=distance)
 
 
@@ -137,15 +158,35 @@ def _positions(ids: Tensor) -> Tensor:
 
 
 TASKS: dict[str, Task] = {
-    "parity": Task(vocab_size=2, draw=parity, chance=1 / 2),
-    "S3": Task(vocab_size=6, draw=permuted, chance=1 / 6),
-    "copy": Task(vocab_size=_SYMBOLS + 1, draw=copied, chance=1 / _SYMBOLS),
-    "induction": Task(vocab_size=2 * _NAMES + _SYMBOLS, draw=induced, chance=1 / _NAMES),
+    "parity": Task(vocab_size=2, draw=parity, chance=1 / 2, shortest=4),
+    "S3": Task(vocab_size=6, draw=permuted, chance=1 / 6, shortest=4),
+    "copy": Task(vocab_size=_SYMBOLS + 2, draw=copied, chance=1 / _SYMBOLS, shortest=_COPIED),
+    # one of the names that were said
+    "induction": Task(
+        vocab_size=2 * _NAMES + _SYMBOLS,
+        draw=induced,
+        chance=1 / _PAIRS + (1 - 1 / _PAIRS) / _NAMES,
+        shortest=2 * _PAIRS,
+    ),
 }
 
 
-def solved(
-    *, task: str, model: Numbers, training: Numbers, seed: int, device: str = "cpu"
+def solved(**given: Any) -> Numbers:
+    """Return what `learned` gives, or that its numbers became NaN or infinite."""
+    try:
+        return learned(**given)
+    except NonFiniteError as error:
+        return {"diverged": str(error)}
+
+
+def learned(
+    *,
+    task: str,
+    model: Numbers,
+    training: Numbers,
+    seed: int,
+    asked_seed: int,
+    device: str = "cpu",
 ) -> Numbers:
     """Train a model on a task; return the share of right answers by distance.
 
@@ -154,11 +195,13 @@ def solved(
         model: fields of `ModelConfig` or `PeerConfig`.
         training: fields of `Phase2Config`, of which steps, batch and optimiser count.
         seed: of weights and texts, which are drawn on the CPU.
+        asked_seed: of the texts that are asked about afterwards.
         device: of PyTorch.
 
     Raises:
         NonFiniteError: the loss became NaN.
     """
+    begun_at = time.perf_counter()
     chosen, config = TASKS[task], Phase2Config(**training)
     torch.manual_seed(seed)
     torch.backends.cudnn.allow_tf32 = False
@@ -166,7 +209,7 @@ def solved(
     generator = torch.Generator().manual_seed(seed)
     optimisers, num_steps = make_optimisers(made, config), config.max_steps or 1
     for step in range(num_steps):
-        length = int(torch.randint(_SHORTEST, TRAINED + 1, (), generator=generator))
+        length = int(torch.randint(chosen.shortest, TRAINED + 1, (), generator=generator))
         examples = chosen.draw(length, config.batch_size, generator).to(device)
         for optimiser in optimisers:
             for group in optimiser.param_groups:
@@ -186,32 +229,74 @@ def solved(
         for optimiser in optimisers:
             optimiser.step()
     made.eval()
-    shares = by_distance(made, chosen)
+    seconds = time.perf_counter() - begun_at
+    found = by_distance(made, chosen, seed=asked_seed)
+    cells = made.cells() if isinstance(made, NewLLM) else []
+    q2 = [cell.coupling()["q2"] for cell in cells if isinstance(cell, ConvexCell)]
     return {
         "parameters": num_parameters(made),
+        "carried": num_carried(made),
+        "q2": max(q2) if q2 else None,
+        "seconds": seconds,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "device": device_name(device),
-        "accuracy": {str(distance): share for distance, share in shares.items()},
+        "accuracy": {str(distance): share for distance, (share, _) in found.items()},
+        "error": {str(distance): error for distance, (_, error) in found.items()},
     }
+
+
+def num_carried(model: LanguageModel) -> int | None:
+    """Return how many numbers a model carries from position to position; None is all it read.
+
+    >>> shape = {"embedding_width": 8, "width": 8, "mlp_width": 8}
+    >>> [num_carried(build({"kind": kind} | shape, 9)) for kind in ("lstm", "gru", "gpt")]
+    [32, 16, None]
+    """
+    if isinstance(model, Peer) and model.config.kind == "gpt":
+        return None
+    if isinstance(model, Peer) and model.config.kind == "mamba":
+        inner: list[Any] = [block.cell.inner for block in model.stages()]  # pyright: ignore
+        # of each channel a state, and the positions that the convolution reads
+        return sum(one.intermediate_size * (one.ssm_state_size + one.conv_kernel_size - 1)
+                   for one in inner)  # fmt: skip
+    return model.initial_context(1).numel()
 
 
 @torch.no_grad()
 def by_distance(
-    model: LanguageModel, task: Task, *, longest: int = LONGEST, batch: int = 32, seed: int = 1
-) -> dict[int, float]:
-    """Return the share of right answers at distances up to 8, from 9 to 16, and so on doubled."""
-    generator = torch.Generator().manual_seed((1 << 32) + seed)
-    shares, edge = {}, 8
+    model: LanguageModel, task: Task, *, seed: int, longest: int = LONGEST
+) -> dict[int, tuple[float, float]]:
+    """Return shares of right answers and their standard errors over texts, by distance.
+
+    A key of 16 is of distances from 9 to 16, one of 8 of 5 to 8, and so on doubled.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found, edge = {}, 8
     while edge <= longest:
-        # the last of a text of this length: an answer behind noise, or after a long text
-        examples = task.draw(edge, batch, generator).to(model.readout.weight.device)
-        far = (examples.targets >= 0) & (examples.distance > edge // 2)
-        features = model(examples.ids).features[far]
-        said = (features @ model.readout.weight.T).argmax(dim=-1)
-        shares[edge] = (said == examples.targets[far]).double().mean().item()
+        left = min(_MOST, max(_FEWEST, _POSITIONS // edge))
+        each: list[Tensor] = []
+        while left > 0:
+            count = min(left, max(1, _SIDE_BY_SIDE // edge))
+            each.append(_answers(model, task.draw(edge, count, generator), edge))
+            left -= count
+        right, asked = torch.cat(each, dim=1).double()
+        share = right.sum() / asked.sum()
+        # answers of one text hang together
+        error = (right - share * asked).square().sum().sqrt() / asked.sum()
+        found[edge] = (share.item(), error.item())
         edge *= 2
-    return shares
+    return found
+
+
+def _answers(model: LanguageModel, examples: Examples, edge: int) -> Tensor:
+    """Return how many answers of each text are right, and how many were asked for, `[2, B]`."""
+    examples = examples.to(model.readout.weight.device)
+    far = (examples.targets >= 0) & (examples.distance > edge // 2) & (examples.distance <= edge)
+    said = (model(examples.ids).features[far] @ model.readout.weight.T).argmax(dim=-1)
+    right = torch.zeros_like(far)
+    right[far] = said == examples.targets[far]
+    return torch.stack([right.sum(dim=1), far.sum(dim=1)]).cpu()
 
 
 def holds_until(accuracy: dict[str, float]) -> int:
@@ -236,6 +321,7 @@ class LongMemory:
     out: Path | None = None
     num_steps: int = 3000
     num_seeds: int = 3
+    """Of each model as a first seed, which is not among them, found best."""
     width: int = 64
     learning_rates: tuple[float, ...] = (1e-3, 4e-3)
     num_workers: int | None = None
@@ -244,7 +330,7 @@ class LongMemory:
     def run(self) -> list[Numbers]:
         """Train what is not kept yet; return a row a task and model."""
         ways = {
-            (task, name): [(shape, rate) for shape in begun(model) for rate in self.learning_rates]
+            (task, name): [(shape, rate) for shape in begun(model) for rate in self._rates(model)]
             for task, given in TASKS.items()
             for name, model in self.models(given.vocab_size).items()
         }
@@ -260,31 +346,47 @@ class LongMemory:
             # a first seed chooses how each begins and its learning rate, for all seeds
             tried = solve(
                 "time-scales and learning rates",
-                [self._arguments(pair[0], *way, 0) for pair, each in ways.items() for way in each],
-            )
+                [self._arguments(pair[0], *way, 0, CHOSEN_ON)
+                 for pair, each in ways.items() for way in each],
+            )  # fmt: skip
             best: dict[tuple[str, str], tuple[Numbers, float]] = {}
             for pair, each in ways.items():
                 reached = [_reached(next(tried)) for _ in each]
                 best[pair] = each[reached.index(max(reached))]
-            # its step takes five times as long as the others'
-            seeds = {pair: range(1 if pair[1] == "mamba" else self.num_seeds) for pair in ways}
+            # its step takes ten times as long as the others'
+            counts = {pair: 1 if pair[1] == "mamba" else self.num_seeds for pair in ways}
             found = solve(
                 "long memory",
-                [self._arguments(pair[0], *way, seed)
-                 for pair, way in best.items() for seed in seeds[pair]],
+                [self._arguments(pair[0], *way, 1 + seed, SCORED_ON)
+                 for pair, way in best.items() for seed in range(counts[pair])],
             )  # fmt: skip
             return [
-                _row(*pair, *way, [next(found) for _ in seeds[pair]]) for pair, way in best.items()
+                _row(*pair, *way, [next(found) for _ in range(counts[pair])])
+                for pair, way in best.items()
             ]
 
-    def _arguments(self, task: str, model: Numbers, learning_rate: float, seed: int) -> Numbers:
+    def _rates(self, model: Numbers) -> tuple[float, ...]:
+        """Return learning rates to try; attention, which begins in one way only, tries more."""
+        if model.get("kind") != "gpt":
+            return self.learning_rates
+        return tuple(sorted({rate * share for rate in self.learning_rates for share in (0.5, 1.0)}))
+
+    def _arguments(
+        self, task: str, model: Numbers, learning_rate: float, seed: int, asked_seed: int
+    ) -> Numbers:
         """Return what `solved` is given."""
         training = Phase2Config(
             batch_size=32, warmup_steps=100, learning_rate=learning_rate,
             max_steps=self.num_steps, min_steps=self.num_steps,
             muon_precision="float32",  # on every CPU the same
         )  # fmt: skip
-        return {"task": task, "model": model, "training": to_dict(training), "seed": seed}
+        return {
+            "task": task,
+            "model": model,
+            "training": to_dict(training),
+            "seed": seed,
+            "asked_seed": asked_seed,
+        }
 
     def models(self, vocab_size: int) -> dict[str, Numbers]:
         """Return ours at three limits of its coupling, and its peers, equally large."""
@@ -293,6 +395,7 @@ class LongMemory:
         found = {
             name: to_dict(replace(shape, coupling_limit=limit)) for name, limit in limits.items()
         }
+        found["convex, W_c = 0"] = filled(found["convex, W_c = 0"], vocab_size)
         with torch.device("meta"):
             wanted = num_parameters(build(found["convex"], vocab_size))
         for kind in PEERS:
@@ -306,17 +409,20 @@ class LongMemory:
 
 
 def begun(model: Numbers) -> list[Numbers]:
-    """Return a shape as its gates usually begin, and with long time-scales where it has any.
+    """Return a shape by how its gates begin: at time-scales, and a peer's as is usual for it.
 
     What lies a thousand tokens back needs gates that keep; such gates do not learn parity.
     """
     if model.get("kind") in ("gpt", "mamba"):
         return [model]
-    return [model, model | {"longest_timescale": LONG_TIMESCALE}]
+    usual = [model] if "kind" in model else []
+    return usual + [model | {"longest_timescale": longest} for longest in TIMESCALES]
 
 
 def _reached(numbers: Numbers) -> tuple[int, float]:
     """Return how far a trained model holds, and its share of right answers near by."""
+    if "diverged" in numbers:
+        return -1, 0.0
     return holds_until(numbers["accuracy"]), numbers["accuracy"][str(TRAINED)]
 
 
@@ -324,14 +430,24 @@ def _row(
     task: str, name: str, model: Numbers, learning_rate: float, found: list[Numbers]
 ) -> Numbers:
     """Return one row: how far each seed holds, and mean shares of right answers by distance."""
+    ended = [numbers for numbers in found if "diverged" not in numbers]
+    q2 = [numbers["q2"] for numbers in ended if numbers["q2"] is not None]
     row: Numbers = {
         "table": task,
         "model": name,
-        "parameters": found[0]["parameters"],
+        "parameters": ended[0]["parameters"] if ended else None,
+        "carried": ended[0]["carried"] if ended else None,
+        "q2": max(q2) if q2 else None,
         "learning_rate": learning_rate,
         "time-scales": model["longest_timescale"] if len(begun(model)) > 1 else None,
-        "holds until": [holds_until(numbers["accuracy"]) for numbers in found],
+        "holds until": [
+            None if "diverged" in numbers else holds_until(numbers["accuracy"]) for numbers in found
+        ],
     }
-    for distance in found[0]["accuracy"]:
-        row[distance] = statistics.fmean(numbers["accuracy"][distance] for numbers in found)
-    return row | {"trained on": places_of(found)}
+    for distance in ended[0]["accuracy"] if ended else ():
+        row[distance] = statistics.fmean(numbers["accuracy"][distance] for numbers in ended)
+    row["standard error"] = max(
+        (error for numbers in ended for error in numbers["error"].values()), default=None
+    )
+    return row | {"seconds": statistics.median(n["seconds"] for n in ended) if ended else None,
+                  "trained on": places_of(ended)}  # fmt: skip
