@@ -401,6 +401,20 @@ def test_epochs_are_permuted_and_lanes_are_even() -> None:
     assert stream.locate(5) == (1, 0)
 
 
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=4, max_size=60),
+    long=st.integers(1, 200),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None)
+def test_no_lane_ends_long_after_the_others(lengths: list[int], long: int, seed: int) -> None:
+    # whenever the long one is drawn: what ends last, behind others, is none of the four longest
+    lengths = [*lengths, long]
+    stream = SegmentStream(fake_store(lengths), batch_size=4, segment_length=1, seed=seed)
+    fifth = sorted(lengths)[-5]
+    assert stream.num_segments <= max(max(lengths), sum(lengths) / 4 + fifth)
+
+
 @pytest.mark.parametrize(("vocab_size", "width", "count"), [(50_259, 256, 5026), (8192, 256, 1024)])
 def test_held_out_ids_are_fixed_and_spread(vocab_size: int, width: int, count: int) -> None:
     ids = held_out_ids(vocab_size, width)

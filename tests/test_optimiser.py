@@ -1,6 +1,6 @@
 """Muon: equal to PyTorch's in exact arithmetic, whatever the shapes; whatever the CPU."""
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -8,10 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from helpers import small_model
 from new_llm import optimiser
-from new_llm.config import ModelConfig, Phase2Config
+from new_llm.cell import ConvexCell
+from new_llm.config import ModelConfig, PeerConfig, Phase2Config
 from new_llm.model import NewLLM
 from new_llm.optimiser import Muon, orthogonalised
+from new_llm.peers import Peer
 from new_llm.phase2 import make_optimisers
 
 SHAPES = [(12, 12), (12, 12), (8, 20), (20, 8), (8, 20), (1, 6)]
@@ -66,7 +69,7 @@ def test_precision_is_the_one_that_phase_2_asks_for(
     config = Phase2Config(muon_precision=precision, learning_rate=1.0, weight_decay=0.0)
     muon = make_optimisers(model, config)[0]
     assert isinstance(muon, Muon)
-    weight = next(p for p in muon.param_groups[0]["params"] if p.shape == (64, 64))
+    weight = cast(ConvexCell, model.cells()[0]).to_delta.weight
     with torch.no_grad():
         weight.zero_()
     torch.manual_seed(0)
@@ -76,6 +79,52 @@ def test_precision_is_the_one_that_phase_2_asks_for(
     wanted = -0.2 * 8.0 * in_turn(weight.grad, steps=5)
     apart = ((weight - wanted).norm() / wanted.norm()).item()
     assert apart < 1e-5 if precision == "float32" else 1e-3 < apart < 0.1
+
+
+def test_maps_that_share_a_matrix_move_as_if_each_had_its_own() -> None:
+    torch.manual_seed(0)
+    shared = [nn.Parameter(torch.randn(12, 8)) for _ in range(2)]
+    apart = [[nn.Parameter(part.detach().clone()) for part in p.chunk(3)] for p in shared]
+    pair = (
+        Muon([{"params": shared, "parts": 3}], lr=0.1, weight_decay=0.1),
+        Muon([part for parts in apart for part in parts], lr=0.1, weight_decay=0.1),
+    )
+    for _ in range(3):
+        for matrix, parts in zip(shared, apart, strict=True):
+            matrix.grad = torch.randn_like(matrix)
+            for part, grad in zip(parts, matrix.grad.chunk(3), strict=True):
+                part.grad = grad.clone()
+        for one in pair:
+            one.step()
+    for matrix, parts in zip(shared, apart, strict=True):
+        torch.testing.assert_close(matrix, torch.cat(parts))  # pyright: ignore
+
+
+SHAPE = {"embedding_width": 16, "width": 16, "mlp_width": 24}
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        (ModelConfig(context_width=16, embedding_width=16, hidden_width=16, mlp_width=24), {2: 2}),
+        (small_model("layerwise"), {2: 1, 3: 2}),
+        (PeerConfig(kind="lstm", **SHAPE), {2: 2, 4: 4}),
+        (PeerConfig(kind="gru", **SHAPE), {2: 2, 3: 4}),
+        (PeerConfig(kind="mingru", **SHAPE), {2: 4}),
+        (PeerConfig(kind="gpt", **SHAPE), {2: 2, 3: 2}),
+        (PeerConfig(kind="mamba", **SHAPE), {2: 4}),
+    ],
+)
+def test_gates_that_share_a_matrix_are_taken_apart(
+    shape: ModelConfig | PeerConfig, expected: dict[int, int]
+) -> None:
+    model = NewLLM(shape, 50) if isinstance(shape, ModelConfig) else Peer(shape, 50)
+    config = Phase2Config(optimiser="muon")
+    muon = make_optimisers(model, config)[0]
+    found = {group["parts"]: len(group["params"]) for group in muon.param_groups}
+    assert {parts: count for parts, count in found.items() if parts > 1} == expected
+    for group in muon.param_groups:
+        assert all(len(matrix) % group["parts"] == 0 for matrix in group["params"])
 
 
 def test_a_matrix_without_gradient_stays() -> None:

@@ -271,7 +271,7 @@ def test_gradients_in_bfloat16_point_where_those_in_float32_do(cell: str) -> Non
     for name, exact in gradients["float32"].items():
         rough = gradients["bfloat16"][name]
         if exact.norm() > 1e-6:
-            assert torch.cosine_similarity(rough.flatten(), exact.flatten(), 0) > 0.98, name
+            assert torch.cosine_similarity(rough.flatten(), exact.flatten(), 0) > 0.97, name
 
 
 @pytest.mark.parametrize("kind", ["convex", "mamba", "lstm"])

@@ -6,6 +6,8 @@ loss lives here. Axes: `C` context width, `E` embedding width, `H` hidden width,
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple, final
 
 import torch
@@ -28,7 +30,17 @@ _LEADS = 0.99
 Weights = tuple[Tensor, ...]
 
 
-class ContextCell(nn.Module, ABC):
+class Stacks(nn.Module):
+    """A module that keeps several maps in one matrix, one above another, to take one product.
+
+    An optimiser that looks at a matrix as a whole must take them apart.
+    """
+
+    stacked: Mapping[str, int] = MappingProxyType({})
+    """How many maps, by the name of the matrix inside this module."""
+
+
+class ContextCell(Stacks, ABC):
     """Contract of every cell: contexts `[..., C]` and embeddings `[..., E]` to contexts `[..., C]`.
 
     One update is split, so that loops do only what depends on the context:
@@ -113,6 +125,7 @@ class SeedCell(ContextCell):
         self.gates = nn.ModuleList(
             nn.Linear(hidden_width, 3 * context_width) for _ in range(num_gates)
         )
+        self.stacked = {f"gates.{k}.weight": 3 for k in range(num_gates)}
         self.norms = nn.ModuleList(nn.LayerNorm(context_width) for _ in range(num_gates))
         if initialisation == "normal":
             for linear in [*self.hidden, *self.gates]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .cell import ContextCell, ConvexCell, LayerwiseCell, SequentialCell, Weights
+from .cell import ContextCell, ConvexCell, LayerwiseCell, SequentialCell, Stacks, Weights
 from .config import CELL_GROUP, ModelConfig, SolverConfig
 from .errors import ConfigError
 from .fixed_point import FixedPoint, solve
@@ -92,7 +92,7 @@ def _registered_cell(config: ModelConfig) -> ContextCell:
 Inner = TypeVar("Inner", bound=nn.Module)
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(Stacks):
     """`W_o (silu(W_g h) * W_v h)` of the normalised stream; adds nothing until it is trained.
 
     Source: SwiGLU (arXiv:2002.05202).
@@ -105,6 +105,7 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.wide = nn.Linear(width, 2 * mlp_width, bias=False)
+        self.stacked = {"wide.weight": 2}
         self.narrow = nn.Linear(mlp_width, width, bias=False)
         nn.init.zeros_(self.narrow.weight)
 

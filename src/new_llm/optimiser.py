@@ -55,10 +55,13 @@ def orthogonalised(matrices: Tensor, *, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum whose direction is orthogonalised, for matrices; on a GPU all of a shape at once.
 
+    A group of parameters may say how many maps each of its matrices holds, one above another, as
+    `parts`: each is turned by itself, as if it were a matrix of its own.
+
     The update has the root mean square that AdamW's has, so that one learning rate fits both.
 
     Args:
-        params: matrices, all `[A, B]`.
+        params: matrices, all `[A, B]`, or groups of them.
         lr: learning rate.
         weight_decay: decoupled, a step and unit of `lr`.
         momentum: share of the gradients before; Nesterov's.
@@ -78,7 +81,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter],
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         lr: float,
         *,
         weight_decay: float = 0.0,
@@ -86,7 +89,8 @@ class Muon(torch.optim.Optimizer):
         dtype: torch.dtype | None = None,
     ) -> None:
         self.dtype = dtype
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "parts": 1}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -102,8 +106,11 @@ class Muon(torch.optim.Optimizer):
                 directions = [whole(self._direction(p, group["momentum"])) for p in parameters]
                 fast = fast_bfloat16(parameters[0].device)
                 wide = self.dtype or (torch.bfloat16 if fast else torch.float32)
-                moved = orthogonalised(torch.stack(directions).to(wide)).to(directions[0].dtype)
-                rate = 0.2 * math.sqrt(max(shape)) * group["lr"]
+                stacked = torch.stack(directions).to(wide)
+                height = shape[0] // group["parts"]
+                maps = stacked.reshape(-1, height, shape[1])
+                moved = orthogonalised(maps).view_as(stacked).to(directions[0].dtype)
+                rate = 0.2 * math.sqrt(max(height, shape[1])) * group["lr"]
                 for parameter, direction in zip(parameters, moved, strict=True):
                     parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
                     parameter.add_(divided_as(direction, parameter), alpha=-rate)

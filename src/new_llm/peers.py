@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .baselines import linear_recurrence, rotate, rotation
+from .cell import Stacks
 from .config import PeerConfig
 from .model import Block, LanguageModel, ModelOutput
 
 
-class Mixer(nn.Module, ABC):
+class Mixer(Stacks, ABC):
     """Contract: a normalised stream `[B, T, E]` to `[B, T, D]`, and what is carried on."""
 
     width: int
@@ -61,6 +62,8 @@ class GatedMixer(Mixer):
         self.width = width
         layer = nn.LSTM if kind == "lstm" else nn.GRU
         self.layer: Any = layer(embedding_width, width)
+        count = 4 if kind == "lstm" else 3
+        self.stacked = {"layer.weight_ih_l0": count, "layer.weight_hh_l0": count}
         self.num_parts = 2 if kind == "lstm" else 1
         with torch.no_grad():
             if longest_timescale is not None:
@@ -141,6 +144,7 @@ class MinGRUMixer(Mixer):
         super().__init__()
         self.width = width
         self.both = nn.Linear(embedding_width, 2 * width)
+        self.stacked = {"both.weight": 2}
         if longest_timescale is not None:
             with torch.no_grad():
                 self.both.bias[width:] = -_kept(width, longest_timescale)
@@ -177,6 +181,7 @@ class AttentionMixer(Mixer):
         super().__init__()
         self.width, self.num_heads, self.window = width, num_heads, window
         self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.stacked = {"qkv.weight": 3}
 
     def initial(self, batch: int) -> Tensor:
         """Return no positions, `[B, 0, 2E + 1]`."""
@@ -240,6 +245,7 @@ class MambaMixer(Mixer):
             hidden_size=width, state_size=state_size, num_hidden_layers=1, use_mambapy=True
         )
         self.inner = modeling_mamba.MambaMixer(config, 0)
+        self.stacked = {"inner.in_proj.weight": 2}
 
     def initial(self, batch: int) -> Tensor:
         """Return nothing, `[B, 0]`."""

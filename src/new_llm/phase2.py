@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from .cache import ContextCache
-from .cell import ConvexCell
+from .cell import ConvexCell, Stacks
 from .checkpoint import load_weights
-from .config import Phase1Config, Phase2Config
+from .config import Phase1Config, Phase2Config, fingerprint
 from .console import Console
 from .data import Segment, SegmentStream, TokenStore, held_out_ids
 from .distributed import World, is_divided, undivided, whole
@@ -43,7 +43,6 @@ _SMOOTH = 0.95
 # steps between two rows of the history
 _LOG_EVERY = 10
 # tells the hinge's draws from the contractive objective's
-_HINGE_STREAM = 0x5DEECE66D
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +100,20 @@ def trainable(model: LanguageModel, *, freeze_context: bool) -> list[nn.Paramete
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def _drawing(what: str, seed: int, step: int) -> torch.Generator:
+    """Return a generator for what is drawn in one step; it can be asked for in any order.
+
+    Of a seed it keeps the low 32 bits, so that a hash tells seeds and steps apart.
+    """
+    return torch.Generator().manual_seed(int(fingerprint([what, seed, step])[:8], 16))
+
+
 def make_optimisers(model: LanguageModel, config: Phase2Config) -> list[torch.optim.Optimizer]:
     """Return what moves the weights that Phase 2 trains; only matrices decay, embeddings do not.
 
     With `muon` the matrices of layers move by orthogonalised momentum, scaled so that one step size
-    fits both; embeddings, gains and biases always move by AdamW.
+    fits both, gates that share a matrix each by itself; embeddings, gains and biases always move
+    by AdamW.
 
     Source: Muon (Jordan et al. 2024) with the scale of arXiv:2502.16982; AdamW (arXiv:1711.05101).
     """
@@ -128,7 +136,19 @@ def make_optimisers(model: LanguageModel, config: Phase2Config) -> list[torch.op
     optimisers: list[torch.optim.Optimizer] = []
     if config.optimiser == "muon" and matrices:
         wide = torch.float32 if config.muon_precision == "float32" else None
-        optimisers.append(Muon(matrices, rate, weight_decay=decay, dtype=wide))
+        parts = {
+            id(module.get_parameter(name)): count
+            for module in model.modules()
+            if isinstance(module, Stacks)
+            for name, count in module.stacked.items()
+        }
+        counts = [parts.get(id(matrix), 1) for matrix in matrices]
+        stacks: list[dict[str, Any]] = [
+            {"params": [m for m, c in zip(matrices, counts, strict=True) if c == count],
+             "parts": count}
+            for count in sorted({*counts})
+        ]  # fmt: skip
+        optimisers.append(Muon(stacks, rate, weight_decay=decay, dtype=wide))
         matrices = []
     groups = [
         {"params": [*matrices, *kernels], "weight_decay": decay},
@@ -355,7 +375,7 @@ class _Own:
     def _hinge(self, ids: Tensor, real: Tensor, context: Tensor, step: int) -> Tensor:
         """Keep contraction at a sample of the contexts that this segment ended in."""
         lanes, width = self.num_lanes, context.shape[-1]
-        generator = torch.Generator().manual_seed(((self.seed << 32) + step) ^ _HINGE_STREAM)
+        generator = _drawing("hinge", self.seed, step)
         noise = torch.randn((lanes, width), generator=generator)[self.world.share(lanes)]
         x = self.model.embed(ids[:, -1])
         cell, target = self.model.cells()[0], self.phase1.contraction_target
@@ -370,7 +390,7 @@ class _Own:
 
         Blocks take turns: what a cell reads is found by searches of the blocks before it only.
         """
-        generator = torch.Generator().manual_seed((self.seed << 32) + step)
+        generator = _drawing("contractive", self.seed, step)
         count = (self.phase1.batch_size,)
         drawn = self.token_ids[torch.randint(len(self.token_ids), count, generator=generator)]
         ids = torch.from_numpy(drawn).to(self.model.embedding.weight.device)

@@ -30,7 +30,7 @@ from .files import (
 )
 from .watch import first_bad
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _KIND = "the state of a training"
 _VALUES = "state.json"
 

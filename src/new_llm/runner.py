@@ -22,8 +22,9 @@ from .files import read_sealed, remove_folder, write_sealed
 # of the result of a trial
 FORMAT_VERSION = 1
 # of the code that trains: raised where the same arguments would give other numbers (2: a smaller
-# coupling at the start), so that what an older version kept is not taken for them
-RECIPE = 2
+# coupling at the start; 3: gates that share a matrix are turned apart, lanes end together), so that
+# what an older version kept is not taken for them
+RECIPE = 3
 Numbers = dict[str, Any]
 
 
