@@ -171,7 +171,7 @@ def test_texts_that_are_asked_are_none_of_training() -> None:
 
 
 def test_a_recurrent_peer_learns_parity_and_a_linear_one_does_not() -> None:
-    training = Phase2Config(learning_rate=1e-2, max_steps=200, batch_size=32, warmup_steps=20)
+    training = Phase2Config(learning_rate=1e-2, max_steps=300, batch_size=32, warmup_steps=20)
     models = LongMemory(console=Console(quiet=True), width=32).models(2)
     near = {
         name: solved(
