@@ -1,5 +1,8 @@
 """Talking: pieces and stop strings, what a conversation keeps to be looked at, the terminal."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -165,6 +168,24 @@ def test_branches_of_a_talk_go_their_own_way(
     assert "one of main, other expected, got nowhere" in out
     assert "a new name expected, there is a branch main" in out
     assert out.count("commands: /reset") == 2 and "go on in a copy of the talk" in out
+
+
+@pytest.mark.parametrize("characters", ["utf-8:strict", "ascii"])
+def test_bytes_that_are_no_text_do_not_end_a_talk(
+    characters: str, loaded: Checkpoint, tmp_path: Path
+) -> None:
+    save_checkpoint(tmp_path / "c", loaded.model, loaded.tokenizer)
+    said = b"hello\n\xff\xfe\nhow are you\n/quit\n"
+    told = subprocess.run(
+        [sys.executable, "-m", "new_llm", "chat", str(tmp_path / "c"), "--max-new-tokens", "2"],
+        input=said,
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": characters, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert told.returncode == 0 and not told.stderr
+    out = told.stdout.decode()
+    assert "UTF-8 text expected" in out and "turn 2" in out
 
 
 def test_distance_is_a_share_of_the_larger_context() -> None:

@@ -1,6 +1,8 @@
 """The page to talk at, clicked through in a real browser, as a user opens it."""
 
 import html
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,6 +131,24 @@ def test_what_is_drawn_is_what_the_command_asks_for(folder: Path) -> None:
     *_, last = page._say(None, "hello there", "A", config.temperature, config.max_new_tokens)
     expected = "".join(Conversation(load_checkpoint(folder), config).reply("hello there"))
     assert html.unescape(last[1].talks[0].said[-1]["content"]) == printable(expected)
+
+
+def test_the_page_takes_what_the_command_asks_for(folder: Path) -> None:
+    # apart from the tests: Gradio leaves an event loop open
+    code = """
+import sys, gradio
+from new_llm.checkpoint import load_checkpoint
+from new_llm.config import SampleConfig
+from new_llm.ui import Page
+config = SampleConfig(max_new_tokens=500, temperature=3.0)
+blocks = Page(load_checkpoint(sys.argv[1]), config, "small").blocks()
+sliders = [one for one in blocks.blocks.values() if isinstance(one, gradio.Slider)]
+# one that is beyond its end refuses every message
+print(sorted(one.preprocess(one.value) for one in sliders))
+"""
+    command = [sys.executable, "-c", code, str(folder)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[3.0, 500]"
 
 
 def test_two_readers_have_their_own_talks(
