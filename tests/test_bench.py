@@ -11,7 +11,7 @@ import torch
 
 from helpers import reseal, saved
 from new_llm.baselines import GPTBlock, MinGRU
-from new_llm.bench import BENCHES, LONG, TAKEN, _command
+from new_llm.bench import BENCHES, LONG, TAKEN, _command, run_bench
 from new_llm.cli import main
 from new_llm.console import Console, format_cell
 from new_llm.files import alone, remove_folder
@@ -74,7 +74,7 @@ def test_a_long_benchmark_too(name: str, tmp_path: Path, monkeypatch: pytest.Mon
         (["engines", "--tokens", "9"], "engines takes --checkpoint"),
         (["long", "--out", "q", "--threads", "1"], "got --threads"),
         (["recurrence", "--width", "12"], "multiple of 8"),
-        (["flatness", "--tokens", "500"], "at least 1000"),
+        (["flatness", "--tokens", "500"], "at least 1000 --tokens"),
         pytest.param(
             ["engines", "--device", "cuda"], "GPU",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
@@ -130,6 +130,30 @@ def test_all_leaves_out_what_has_nothing_to_measure(
     assert main(["bench", "all", *given]) == 0
     assert "engines is left out" in capsys.readouterr().out
     assert {*json.loads(out.read_text())} == set(BENCHES) - {*LONG, "engines", "sweeps"}
+
+
+def test_what_is_for_the_cpu_alone_does_not_move_what_comes_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in set(BENCHES) - set(LONG):
+        monkeypatch.setitem(BENCHES, name, lambda bench: [{"device": bench.device}])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    found = run_bench("all", console=Console(quiet=True), device="cuda")
+    for name, result in found.items():
+        on_gpu = "device" in TAKEN[name]
+        assert result["rows"] == [{"device": "cuda" if on_gpu else "cpu"}]
+        assert result["device"] == ("a GPU" if on_gpu else "cpu")
+    assert {"token-scope", "generation"} == {n for n in found if found[n]["device"] == "cpu"}
+
+
+def test_threads_are_those_asked_for_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BENCHES, "memory", lambda bench: [{"threads": torch.get_num_threads()}])
+    before = torch.get_num_threads()
+    found = run_bench("memory", console=Console(quiet=True), device="cpu", threads=before + 1)
+    assert found["memory"]["rows"] == [{"threads": before + 1}]
+    assert found["memory"]["threads"] == before + 1
+    assert torch.get_num_threads() == before
 
 
 def test_two_processes_do_not_write_the_same_trials(

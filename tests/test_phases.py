@@ -257,11 +257,12 @@ def test_gradients_in_bfloat16_point_where_those_in_float32_do(cell: str) -> Non
     gradients, losses = {}, {}
     for precision in ("float32", "bfloat16"):
         objective = phase2._Objective(model, replace(SMALL, precision=precision), None)  # pyright: ignore
-        stream = SegmentStream(store_of(text()), batch_size=4, segment_length=8, seed=0)
+        # enough tokens that the rounding of single ones does not count
+        stream = SegmentStream(store_of(text(48)), batch_size=16, segment_length=8, seed=0)
         segment = stream.segment(0, 0)
         wanted = torch.tensor(float(segment.counts.sum()))
         model.zero_grad()
-        loss = objective(segment, model.initial_context(4), 0, wanted)[0]
+        loss = objective(segment, model.initial_context(16), 0, wanted)[0]
         loss.backward()
         losses[precision] = loss.item()
         gradients[precision] = {n: p.grad.clone() for n, p in model.named_parameters()
@@ -271,7 +272,7 @@ def test_gradients_in_bfloat16_point_where_those_in_float32_do(cell: str) -> Non
     for name, exact in gradients["float32"].items():
         rough = gradients["bfloat16"][name]
         if exact.norm() > 1e-6:
-            assert torch.cosine_similarity(rough.flatten(), exact.flatten(), 0) > 0.97, name
+            assert torch.cosine_similarity(rough.flatten(), exact.flatten(), 0) > 0.98, name
 
 
 @pytest.mark.parametrize("kind", ["convex", "mamba", "lstm"])

@@ -177,15 +177,15 @@ def _results(asked: list[str], bench: Bench) -> dict[str, dict[str, Any]]:
     """Measure, or read what is kept, and print; return the results by name."""
     results: dict[str, dict[str, Any]] = {}
     for name in asked:
-        if "device" not in TAKEN[name]:
-            bench = replace(bench, device="cpu")
-        why = None if name in LONG else unsuited(name, bench)
+        # of `all`, what is for the CPU alone
+        own = bench if "device" in TAKEN[name] else replace(bench, device="cpu")
+        why = None if name in LONG else unsuited(name, own)
         if why is not None and len(asked) == 1:
-            raise ConfigError(f"bench {name}: {why}; give another --checkpoint")
+            raise ConfigError(f"bench {name}: {why}")
         if why is not None:
             bench.console.show(f"{name} is left out: {why}")
             continue
-        results[name] = _result(name, bench)
+        results[name] = _result(name, own)
         for title, columns, cells in tables(name, results[name]):
             bench.console.table(title, columns, cells)
     return results

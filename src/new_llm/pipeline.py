@@ -204,13 +204,8 @@ class Run:
             f"dialogues to train on, {prepared.valid.num_tokens:,} in "
             f"{prepared.valid.num_dialogues:,} held out"
         )
-        # of the held-out ones only a number is kept
-        rows = ReadReport(**{part.name: prepared.report[part.name] for part in fields(ReadReport)})
-        if rows.left_out is not None:
-            self.console.show(rows.left_out)
-        if prepared.report["num_bad_valid_rows"]:
-            count = prepared.report["num_bad_valid_rows"]
-            self.console.show(f"{count:,} held-out rows are no dialogues and were left out")
+        if self.world.is_main:
+            self._say_left_out(prepared.report)
         if self.config.phase2.loss_on == "assistant" and not prepared.train.assistant.any():
             raise DataError(
                 "tokens that the assistant says expected, which --phase2.loss-on assistant learns "
@@ -219,6 +214,16 @@ class Run:
             )
         self._prepared = prepared
         return prepared
+
+    def _say_left_out(self, report: dict[str, Any]) -> None:
+        """Show how many rows were no dialogues: also where no progress is shown."""
+        rows = ReadReport(**{part.name: report[part.name] for part in fields(ReadReport)})
+        if rows.left_out is not None:
+            self.console.show(rows.left_out)
+        # of the held-out ones only the number is kept
+        if report["num_bad_valid_rows"]:
+            count = report["num_bad_valid_rows"]
+            self.console.show(f"{count:,} held-out rows are no dialogues and were left out")
 
     def _give_back(self) -> None:
         """Take away what was begun for dialogues that could not be read."""

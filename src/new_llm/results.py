@@ -47,7 +47,7 @@ CAPTIONS = {
     "`carried` are the numbers that go from position to position, of attention all that was read, "
     "at rotary positions far beyond those that it trained on. Phase 2 alone: no fixed point is "
     "judged. `q2` is the largest of any block and seed, `standard error` the largest of any seed "
-    "and distance, over texts.",
+    "and distance, over texts; `chance` is what guessing gets.",
 }
 
 
@@ -90,17 +90,13 @@ def markdown(results: dict[str, Result], figure: str | None = None) -> str:
             caption = CAPTIONS.get(title, CAPTIONS.get(name, ""))
             parts.append(f"### {title}\n{caption}\n\n{table}\n".replace("\n\n\n", "\n\n"))
         # where models were trained, their rows name its version
-        shown = {k: v for k, v in result["versions"].items() if k != "torch" or not trained(result)}
+        named = any(row.get("trained on") for row in result["rows"])
+        shown = {k: v for k, v in result["versions"].items() if k != "torch" or not named}
         versions = ", ".join(f"{k} {v}" for k, v in shown.items())
         parts.append(f"{versions}; {result['device']}.\n")
     if figure is not None:
         parts.append(f"![gain of the past by tokens before]({figure})\n")
     return "\n".join(parts)
-
-
-def trained(result: Result) -> bool:
-    """Return whether rows are of trainings, which may have been elsewhere and before."""
-    return any(row.get("trained on") for row in result["rows"])
 
 
 def require_page(page: Path) -> None:

@@ -501,10 +501,6 @@ def flatness(bench: Bench) -> Rows:
     fresh = model.initial_context(1)
     size, rows = 200, []
     longest = bench.tokens or _LONGEST_TEXT
-    if longest < _SHORTEST_TEXT:
-        raise ConfigError(
-            f"bench flatness needs --tokens of at least {_SHORTEST_TEXT}, got {longest}"
-        )
     marks = [10**k for k in range(3, 12) if 10**k < longest] + [longest]
     done = 0
     with bench.console.track("flatness", longest) as advance:
@@ -632,20 +628,22 @@ def _model(bench: Bench) -> NewLLM:
 
 
 def unsuited(name: str, bench: Bench) -> str | None:
-    """Return why a benchmark has nothing to measure of the checkpoint, or None."""
+    """Return why a benchmark has nothing to measure of what it is given, or None."""
+    if name == "flatness" and bench.tokens is not None and bench.tokens < _SHORTEST_TEXT:
+        return f"at least {_SHORTEST_TEXT} --tokens expected, got {bench.tokens}; raise them"
     if bench.checkpoint is None or name not in ("engines", "sweeps", "generation", "flatness"):
         return None
-    shape = _model(bench).config
+    shape, why = _model(bench).config, None
     if shape.scope == "token":
-        return "a model that carries its context expected (scope sequence), got one of token scope"
-    if name in ("engines", "sweeps") and not _model(bench).cells()[0].separates_gate:
-        return f"a cell with a separate gate expected, {shape.cell} has none"
-    if name == "generation" and shape.embedding_width % 8:
-        return (
+        why = "a model that carries its context expected (scope sequence), got one of token scope"
+    elif name in ("engines", "sweeps") and not _model(bench).cells()[0].separates_gate:
+        why = f"a cell with a separate gate expected, {shape.cell} has none"
+    elif name == "generation" and shape.embedding_width % 8:
+        why = (
             "an embedding width expected that is a multiple of 8, which the peers' heads share, "
             f"got {shape.embedding_width}"
         )
-    return None
+    return None if why is None else f"{why}; give another --checkpoint"
 
 
 def _some_ids(model: NewLLM, batch: int, length: int) -> Tensor:

@@ -435,6 +435,7 @@ def _row(
     row: Numbers = {
         "table": task,
         "model": name,
+        "chance": TASKS[task].chance,
         "parameters": ended[0]["parameters"] if ended else None,
         "carried": ended[0]["carried"] if ended else None,
         "q2": max(q2) if q2 else None,
