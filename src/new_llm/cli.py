@@ -179,7 +179,8 @@ class LabOptions:
 class BenchOptions:
     """Measure speed, memory and quality against peers in one run: ratios count, seconds drift.
 
-    `all` is all but `quality`, `long`, `ablations` and `tasks`, which train for hours.
+    `all` is all but `quality`, `long`, `ablations` and `tasks`, which train for hours. An option
+    that a benchmark does not take is refused.
     """
 
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME|all")]
@@ -201,7 +202,7 @@ class BenchOptions:
     """Tokens of the longest text; ids of `token-scope`, at most GPT-2's; those that a model of
     `quality`, `long` or `ablations` is trained on."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where."""
+    """Where; `token-scope` and `generation` are measured on the CPU."""
     threads: int | None = None
     """Threads of PyTorch; none leaves them as they are."""
     workers: int | None = None
