@@ -112,9 +112,8 @@ def ablations() -> Iterator[Ablation]:
     # what a usual comparison with an LSTM would have shown, and how much of it is the recurrence
     adamw = {"optimiser": "adamw", "learning_rate": 4e-3}
     yield Ablation(table="recipe", name="default, AdamW", phase2=adamw)
-    slower = {"learning_rate": 4e-3}
     usual = {"longest_timescale": None}
-    yield Ablation(table="recipe", name="LSTM", kind="lstm", phase2=slower)
+    yield Ablation(table="recipe", name="LSTM", kind="lstm")
     yield Ablation(table="recipe", name="LSTM, AdamW", kind="lstm", phase2=adamw)
     yield Ablation(
         table="recipe", name="LSTM, its gates begun as usual, AdamW", kind="lstm", model=usual,
