@@ -19,7 +19,7 @@ from new_llm.cli import main
 from new_llm.config import preset, to_dict
 from new_llm.console import Console
 from new_llm.errors import CheckpointError, DataError, NonFiniteError
-from new_llm.evaluate import rebuilt_gains
+from new_llm.evaluate import evaluate, rebuilt_gains
 from new_llm.model import NewLLM, num_parameters, token_losses
 from new_llm.quality import (
     Corpus,
@@ -210,29 +210,6 @@ def test_equal_time_counts_phase_1() -> None:
     assert quality._equal_time(entrants, paces, 100) == {"a": 100, "b": 210}
 
 
-def test_mamba_reads_longer_segments_and_evaluates_dialogues_whole(
-    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = Quality(console=QUIET, out=Path("unused"))
-    given = {one.name: asked._arguments(one, 1e-3, 7, 0) for one in asked._entrants(400)}
-    tokens = {name: one["phase2"]["batch_size"] * one["sequence_length"]
-              for name, one in given.items()}  # fmt: skip
-    assert len(set(tokens.values())) == 1
-    assert given["mamba"]["sequence_length"] == 4 * given["lstm"]["sequence_length"]
-    read = []
-    (held_out,) = corpus.held_out.values()
-    model = build({"kind": "mamba", "embedding_width": 8, "width": 4, "mlp_width": 0}, 400)
-    forward = type(model).forward
-
-    def watched(self: Any, ids: torch.Tensor, *rest: Any, **named: Any) -> Any:
-        read.append(tuple(ids.shape))
-        return forward(self, ids, *rest, **named)
-
-    monkeypatch.setattr(type(model), "forward", watched)
-    quality.score(model, held_out)
-    assert sorted(read) == sorted((1, int(n)) for n in np.diff(held_out.offsets))
-
-
 def stopped_at_the_fourth_step(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let a training die once; return the list that each step it takes is added to."""
     step, done = phase2._Training.take_step, []
@@ -312,7 +289,7 @@ def test_a_long_training_goes_on_and_leaves_its_model(
     assert {row["model"] for row in rows} >= {"Kneser-Ney bigram", "Kneser-Ney trigram"}
     model = load_checkpoint(tmp_path / "long" / "checkpoint").model
     (held_out,) = corpus.held_out.values()
-    assert quality.score(model, held_out).loss == pytest.approx(ours["mix"], abs=1e-4)
+    assert evaluate(model, held_out).loss == pytest.approx(ours["mix"], abs=1e-4)
 
 
 @pytest.mark.slow

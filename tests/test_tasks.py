@@ -218,8 +218,8 @@ def test_rows_keep_the_learning_rate_that_holds_longest(
     assert asked.out is not None
     kept = [json.loads(path.read_text()) for path in (asked.out / "trials").iterdir()]
     # two rates by two beginnings, a peer's by three, with a first seed, and the best with two
-    # more; Mamba begins in one way and has one seed more
-    assert len(kept) == 3 * (4 + 2) + (6 + 2) + (2 + 1)
+    # more; Mamba begins in one way
+    assert len(kept) == 3 * (4 + 2) + (6 + 2) + (2 + 2)
     for row, shape in zip(rows, asked.models(2).values(), strict=True):
         first = {
             (record["arguments"]["training"]["learning_rate"],
@@ -230,7 +230,7 @@ def test_rows_keep_the_learning_rate_that_holds_longest(
         assert len(first) == {"mamba": 2, "gru": 6}.get(row["model"], 4)
         reached = {way: (holds_until(found), found["64"]) for way, found in first.items()}
         assert reached[row["learning_rate"], row["time-scales"]] == max(reached.values())
-        assert len(row["holds until"]) == (1 if row["model"] == "mamba" else 2)
+        assert len(row["holds until"]) == 2
     monkeypatch.setattr("new_llm.tasks.solved", None)
     monkeypatch.setattr("new_llm.runner.Runner.key", lambda self, trial, given: _kept(asked, given))
     assert asked.run() == rows

@@ -65,6 +65,100 @@ class _LinearRecurrence(torch.autograd.Function):
         return total * torch.cat([zero, context[:-1]]), total
 
 
+def selective_scan(
+    x: Tensor,
+    step: Tensor,
+    rates: Tensor,
+    writes: Tensor,
+    reads: Tensor,
+    initial: Tensor,
+    starts: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Run Mamba's recurrence `s_t = exp(step_t A) s_{t-1} + step_t x_t B_t`, `y_t = C_t s_t`.
+
+    Args:
+        x: what is written, a number a channel, `[T, B, C]`.
+        step: how long each position lasts, `[T, B, C]`; 0 holds the state.
+        rates: A, of each number of a channel, `[N, C]`.
+        writes: B, `[T, B, N]`.
+        reads: C, `[T, B, N]`.
+        initial: state before the first position, `[B, N, C]`.
+        starts: where the state before counts as zero, `[T, B]` bool.
+
+    Returns:
+        `[T, B, C]`, and the last state, `[B, N, C]`.
+
+    Source: Mamba (arXiv:2312.00752). One position after another, in both directions: what a
+    position works on stays in the cache of a core, where a parallel scan passes over all states of
+    a text again and again.
+
+    >>> ones = torch.ones(3, 1, 1)
+    >>> none = torch.zeros(3, 1, dtype=torch.bool)
+    >>> y, _ = selective_scan(ones, ones, torch.zeros(1, 1), ones, ones, torch.zeros(1, 1, 1), none)
+    >>> y.flatten().tolist()
+    [1.0, 2.0, 3.0]
+    """
+    found: Any = _SelectiveScan.apply(
+        x * step, step, rates.contiguous(), writes, reads, initial, starts
+    )
+    return found
+
+
+class _SelectiveScan(torch.autograd.Function):
+    """States are `[N, C]` a sequence, so that what is the same for all N runs along memory."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        written, step, rates, writes, reads, initial, starts = inputs
+        kept = any(ctx.needs_input_grad)
+        y = torch.empty_like(written)
+        states = initial.new_empty(len(y) + 1 if kept else 2, *initial.shape)
+        states[0] = initial
+        resets = starts.any(dim=1).tolist()
+        keep = (~starts).to(initial.dtype)[..., None, None]
+        decay = torch.empty_like(initial)
+        for t in range(len(y)):
+            before, after = (states[t], states[t + 1]) if kept else (states[0], states[0])
+            _decay(step[t], rates, keep[t] if resets[t] else None, out=decay)
+            torch.mul(before, decay, out=after)
+            after.baddbmm_(writes[t, :, :, None], written[t, :, None])
+            torch.bmm(reads[t, :, None], after, out=y[t, :, None])
+        if kept:
+            ctx.save_for_backward(written, step, rates, writes, reads, states, keep)
+            ctx.resets = resets
+        return y, states[-1 if kept else 0].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        written, step, rates, writes, reads, states, keep = ctx.saved_tensors
+        to_y, to_state = grads
+        to_written, to_step = torch.empty_like(written), torch.empty_like(step)
+        to_writes, to_reads = torch.empty_like(writes), torch.empty_like(reads)
+        to_rates = torch.zeros_like(states[0])
+        total = to_state.clone()
+        decay = torch.empty_like(total)
+        for t in range(len(to_y) - 1, -1, -1):
+            total.baddbmm_(reads[t, :, :, None], to_y[t, :, None])
+            torch.bmm(states[t + 1], to_y[t, :, :, None], out=to_reads[t, :, :, None])
+            torch.bmm(total, written[t, :, :, None], out=to_writes[t, :, :, None])
+            torch.bmm(writes[t, :, None], total, out=to_written[t, :, None])
+            _decay(step[t], rates, keep[t] if ctx.resets[t] else None, out=decay)
+            total.mul_(decay)
+            # of step_t A, whose exponential the decay is
+            torch.mul(total, states[t], out=decay)
+            to_rates.addcmul_(decay, step[t, :, None])
+            torch.sum(decay.mul_(rates), dim=1, out=to_step[t])
+        return to_written, to_step, to_rates.sum(dim=0), to_writes, to_reads, total, None
+
+
+def _decay(step: Tensor, rates: Tensor, keep: Tensor | None, *, out: Tensor) -> None:
+    """Write which share of a state is kept, `[B, N, C]`; none of it at a start."""
+    torch.mul(step[:, None], rates, out=out).exp_()
+    if keep is not None:
+        out.mul_(keep)
+
+
 class GPTBlock(nn.Module):
     """Causal attention and an MLP of four widths, norms before each, residuals around each.
 

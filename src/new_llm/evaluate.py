@@ -80,19 +80,13 @@ def head(store: TokenStore, num_tokens: int) -> TokenStore:
     return store.cut(0, min(count, store.num_dialogues))
 
 
-def _parts(store: TokenStore, num_dialogues: int) -> Iterator[TokenStore]:
-    """Yield a store in parts of so many dialogues."""
-    for first in range(0, store.num_dialogues, num_dialogues):
-        yield store.cut(first, min(first + num_dialogues, store.num_dialogues))
-
-
 @torch.no_grad()
 def evaluate(
     model: LanguageModel,
     store: TokenStore,
     *,
     batch_size: int = 16,
-    segment_length: int | None = 512,
+    segment_length: int = 512,
     engine: Engine | Literal["auto"] = "auto",
     advance: Advance | None = None,
     world: World | None = None,
@@ -100,8 +94,8 @@ def evaluate(
     """Return the losses of a model on all dialogues of a store, contexts carried, dropout off.
 
     Memory does not grow with the length of a dialogue: segments follow one another, and their
-    contexts are carried. Without a `segment_length` every dialogue is read whole, for models that
-    carry nothing. Several processes take a share of the dialogues each, and all get the same.
+    contexts are carried. Several processes take a share of the dialogues each, and all get the
+    same.
 
     Raises:
         DataError: no token can be predicted.
@@ -111,15 +105,14 @@ def evaluate(
     was_training = model.training
     model.eval()
     device = model.embedding.weight.device
-    context = model.initial_context(0)
     read = _Engined(model, engine) if isinstance(model, NewLLM) else model
     nats = assistant_nats = 0.0
     count = assistant_count = correct = 0
     share = world.share(store.num_dialogues)
     mine = store.cut(share.start, share.stop)
-    for segment, fresh in _segments(mine, batch_size, segment_length):
-        if fresh:
-            context = model.initial_context(len(segment.tokens))
+    lanes = min(batch_size, mine.num_dialogues)
+    context = model.initial_context(lanes)
+    for segment in _segments(mine, lanes, segment_length):
         ids, targets, counts, starts, real, assistant = (
             torch.from_numpy(part).to(device)
             for part in (
@@ -169,18 +162,11 @@ def evaluate(
     )
 
 
-def _segments(
-    store: TokenStore, batch_size: int, segment_length: int | None
-) -> Iterator[tuple[Segment, bool]]:
-    """Yield segments of a store, and whether nothing is carried into them."""
-    whole = segment_length is not None and store.num_dialogues > 0
-    for part in [store] if whole else _parts(store, batch_size):
-        lanes = min(batch_size, part.num_dialogues)
-        # as many lanes as dialogues: each has one, whole
-        length = segment_length or int(np.diff(part.offsets).max())
-        stream = SegmentStream(part, batch_size=lanes, segment_length=length, seed=None)
-        for index in range(stream.num_segments):
-            yield stream.segment(0, index), index == 0
+def _segments(store: TokenStore, lanes: int, length: int) -> Iterator[Segment]:
+    """Yield all segments of a store; none of one without dialogues."""
+    if lanes:
+        stream = SegmentStream(store, batch_size=lanes, segment_length=length, seed=None)
+        yield from (stream.segment(0, index) for index in range(stream.num_segments))
 
 
 class _Engined:

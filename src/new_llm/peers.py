@@ -2,12 +2,11 @@
 
 Each `Mixer` stands where our cell stands and gets all that the cell gets, so that what differs is
 the recurrence. Axes: `B` sequences, `T` positions, `E` width of the stream, `D` of what a mixer
-hands to the read-out, `P` pieces (a dialogue's part of a segment), `L` their longest.
+hands to the read-out; of Mamba `C` channels and `N` numbers in the state of each.
 """
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, final
 
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .baselines import linear_recurrence, rotate, rotation
+from .baselines import linear_recurrence, rotate, rotation, selective_scan
 from .cell import Stacks
 from .config import PeerConfig
 from .model import Block, LanguageModel, ModelOutput
@@ -100,37 +99,6 @@ class GatedMixer(Mixer):
             mixed.append(found * alive)
             context = torch.where(alive, after, context)
         return torch.cat(mixed).transpose(0, 1), context.transpose(0, 1)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pieces:
-    """The parts of a segment that belong to one dialogue each."""
-
-    table: Tensor
-    """Where each position of each piece stands in `[B * T]`, `[P, L]`; 0 behind its end."""
-    inside: Tensor
-    """Whether a place of `table` is of the piece, `[P, L]`."""
-
-    @classmethod
-    def of(cls, starts: Tensor, real: Tensor) -> "Pieces":
-        """Cut a segment `[B, T]` at the starts of dialogues; padding must stand at the end.
-
-        >>> starts = torch.tensor([[False, False, True], [True, False, False]])
-        >>> Pieces.of(starts, torch.ones(2, 3, dtype=torch.bool)).table.tolist()
-        [[0, 1, 0], [2, 0, 0], [3, 4, 5]]
-        """
-        begins = starts.clone()
-        begins[:, 0] = True
-        begins &= real
-        lane, position = begins.nonzero(as_tuple=True)
-        # a piece ends where the next of its sequence begins
-        following = torch.cat([position[1:], position.new_zeros(1)])
-        same = torch.cat([lane[1:] == lane[:-1], lane.new_zeros(1, dtype=torch.bool)])
-        size = torch.where(same, following, real.long().sum(dim=1)[lane]) - position
-        offset = torch.arange(int(size.max()) if len(size) else 0, device=real.device)
-        inside = offset < size[:, None]
-        table = (lane * real.shape[1] + position)[:, None] + offset
-        return cls(table=table.masked_fill(~inside, 0), inside=inside)
 
 
 @final
@@ -226,10 +194,9 @@ class AttentionMixer(Mixer):
 
 @final
 class MambaMixer(Mixer):
-    """The mixer of `transformers`, in plain PyTorch; nothing is carried on.
+    """The mixer of `transformers`, its recurrence by `selective_scan`; state and taps are carried.
 
-    It begins at zero in every piece: evaluate it on whole dialogues. With `mambapy` beside it, a
-    parallel scan; without, its loop over positions, whose backward pass takes ten times as long.
+    The layer there begins each call at zero and cannot begin a dialogue inside of one.
 
     Source: Mamba (arXiv:2312.00752).
     """
@@ -241,26 +208,57 @@ class MambaMixer(Mixer):
         from transformers.models.mamba import modeling_mamba
 
         self.width = width
-        config = MambaConfig(
-            hidden_size=width, state_size=state_size, num_hidden_layers=1, use_mambapy=True
-        )
+        config = MambaConfig(hidden_size=width, state_size=state_size, num_hidden_layers=1)
         self.inner = modeling_mamba.MambaMixer(config, 0)
         self.stacked = {"inner.in_proj.weight": 2}
+        self.num_taps = self.inner.conv_kernel_size - 1
+        self.channels = self.inner.intermediate_size
 
     def initial(self, batch: int) -> Tensor:
-        """Return nothing, `[B, 0]`."""
-        return self.inner.in_proj.weight.new_zeros(batch, 0)
+        """Return zeros: the state, and below it what the convolution read last, `[B, N + 3, C]`."""
+        size = self.inner.ssm_state_size + self.num_taps
+        return self.inner.in_proj.weight.new_zeros(batch, size, self.channels)
 
     def forward(
         self, x: Tensor, carried: Tensor, starts: Tensor, real: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Run all pieces side by side, each from zero."""
-        pieces = Pieces.of(starts, real)
-        mixed = x.new_zeros(x.shape[0] * x.shape[1], self.width)
-        if len(pieces.table):
-            found = self.inner(x.flatten(0, 1)[pieces.table])
-            mixed = mixed.index_copy(0, pieces.table[pieces.inside], found[pieces.inside])
-        return mixed.unflatten(0, x.shape[:2]), carried
+        """Carry the state through all sequences side by side; padding holds."""
+        inner = self.inner
+        state, taps = carried.split([inner.ssm_state_size, self.num_taps], dim=1)
+        channels, gate = inner.in_proj(x).chunk(2, dim=-1)
+        channels, taps = self._convolved(channels, taps, starts, real)
+        rank, size = inner.time_step_rank, inner.ssm_state_size
+        step, writes, reads = inner.x_proj(channels).split([rank, size, size], dim=-1)
+        step = F.softplus(inner.dt_proj(step)).masked_fill(~real[..., None], 0.0)
+        mixed, state = selective_scan(
+            _time_major(channels), _time_major(step), -torch.exp(inner.A_log.T),
+            _time_major(writes), _time_major(reads), state, starts.T,
+        )  # fmt: skip
+        mixed = mixed.transpose(0, 1) + channels * inner.D
+        return inner.out_proj(mixed * F.silu(gate)), torch.cat([state, taps], dim=1)
+
+    def _convolved(
+        self, channels: Tensor, taps: Tensor, starts: Tensor, real: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Convolve `[B, T, C]` within dialogues; return the last real positions beside it."""
+        weight: Any = self.inner.conv1d.weight[:, 0].T
+        length, before = channels.shape[1], self.num_taps
+        read = torch.cat([taps, channels], dim=1)
+        # what was carried belongs to the dialogue that the segment begins with, or to none
+        dialogue = F.pad(starts.long().cumsum(dim=1), (before, 0))
+        found: Any = self.inner.conv1d.bias + channels * weight[before]
+        for back in range(1, before + 1):
+            part = slice(before - back, before - back + length)
+            same = dialogue[:, part] == dialogue[:, before:]
+            found = found + (read[:, part] * same[..., None]) * weight[before - back]
+        last = real.long().sum(dim=1, keepdim=True) + torch.arange(before, device=real.device)
+        kept = read.gather(1, last[..., None].expand(-1, -1, self.channels))
+        of = dialogue.gather(1, last)
+        return F.silu(found), kept * (of == of[:, -1:])[..., None]
+
+
+def _time_major(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).contiguous()
 
 
 def make_mixer(config: PeerConfig) -> Mixer:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,8 @@ from .console import Console
 from .counts import KneserNey
 from .data import TokenStore, dialogue_hash, held_out_ids, is_held_out, write_store
 from .dialogues import DEFAULT_SOURCE, Messages, ReadReport, read_dialogues
-from .errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from .evaluate import Evaluation, evaluate, rebuilt_gains, sequence_verdict, token_verdict
+from .errors import CheckpointError, DataError, NonFiniteError
+from .evaluate import evaluate, rebuilt_gains, sequence_verdict, token_verdict
 from .files import read_object, sha256, understood, write_json
 from .model import LanguageModel, NewLLM, num_parameters
 from .peers import Peer
@@ -60,8 +59,6 @@ PAST_POSITIONS = 4000
 # about an hour on two cores
 LONG_TOKENS = 14_000_000
 _HELD_OUT_SHARE = 0.05
-# how much longer segments are for a model that carries nothing
-_LONGER = 4
 # steps of one turn of a timing, and turns
 _PACED_STEPS, _PACED_TURNS = 16, 5
 
@@ -290,7 +287,7 @@ def trained(
         "seconds_phase1": settled - begun,
         "seconds_cache": cached - settled,
         "seconds": done.seconds,
-        "scores": {name: score(made, part).to_dict() for name, part in corpus.held_out.items()},
+        "scores": {name: evaluate(made, part).to_dict() for name, part in corpus.held_out.items()},
         "rebuilt": _rebuilt(made, corpus, past_positions) if past_positions else None,
         "doctor": _judged(made, corpus) if isinstance(made, NewLLM) else None,
     }
@@ -420,14 +417,6 @@ def _predict(
     )
 
 
-def score(model: LanguageModel, store: TokenStore) -> Evaluation:
-    """Evaluate a model; one that carries nothing reads dialogues whole, each by itself."""
-    if isinstance(model, Peer) and model.config.kind == "mamba":
-        # its scan holds a state of every position
-        return evaluate(model, store, batch_size=1, segment_length=None)
-    return evaluate(model, store, segment_length=512)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Entrant:
     """A model of the comparison."""
@@ -459,11 +448,6 @@ class Quality:
 
     def run(self) -> list[Numbers]:
         """Train what is not kept yet; return the rows of all tables."""
-        if "mamba" in PEERS and find_spec("mambapy") is None:
-            raise ConfigError(
-                "the package mambapy expected, without which the Mamba row takes ten times as "
-                "long; pip install 'new-llm[bench]'"
-            )
         with opened(self.out, self.data, console=self.console, num_workers=self.num_workers) as (
             corpus,
             runner,
@@ -472,17 +456,9 @@ class Quality:
 
     def _tables(self, corpus: Corpus, runner: Runner) -> list[Numbers]:
         entrants = self._entrants(corpus.vocab_size)
-        rates: dict[str, float] = {}
-        tuning: list[Numbers] = []
-        trained_on: dict[str, list[Numbers]] = {}
-        # the slowest last: what is kept before it is a comparison too
-        for group in ([one for one in entrants if one.name != "mamba"],
-                      [one for one in entrants if one.name == "mamba"]):  # fmt: skip
-            found, rows = self._tuned(corpus, runner, group)
-            rates |= found
-            tuning += rows
-            steps = dict.fromkeys(rates, num_steps(self.tokens))
-            trained_on |= self._trained(corpus, runner, group, rates, steps)
+        rates, tuning = self._tuned(corpus, runner, entrants)
+        steps = dict.fromkeys(rates, num_steps(self.tokens))
+        trained_on = self._trained(corpus, runner, entrants, rates, steps)
         paces = self._paces(corpus, runner, entrants)
         steps = _equal_time(entrants, paces, num_steps(self.tokens))
         timed = self._trained(corpus, runner, entrants, rates, steps)
@@ -536,7 +512,7 @@ class Quality:
                     name=kind,
                     model=matched(bare, wanted, vocab_size),
                     phase1=None,
-                    num_seeds=1 if kind == "mamba" else self.num_seeds,
+                    num_seeds=self.num_seeds,
                 )
             )
         return entrants
@@ -548,18 +524,13 @@ class Quality:
             config.phase2, learning_rate=learning_rate, max_steps=steps, min_steps=steps,
             engine="scan", muon_precision="float32",  # on every CPU the same
         )  # fmt: skip
-        length = config.data.sequence_length
         if one.phase1 is None:
             training = replace(training, contractive=0.0, contractive_every=1, pair_hinge=0.0)
-        if one.name == "mamba":
-            # carries nothing from segment to segment: the same tokens in fewer, longer ones
-            few = max(1, training.batch_size // _LONGER)
-            training, length = replace(training, batch_size=few), length * _LONGER
         return {
             "model": one.model,
             "phase1": one.phase1,
             "phase2": to_dict(training),
-            "sequence_length": length,
+            "sequence_length": config.data.sequence_length,
             "seed": seed,
         }
 

@@ -23,7 +23,7 @@ CAPTIONS = {
     "of them (`mix`), each part apart, and what the assistant says alone. `spread` is the standard "
     "deviation over random seeds of `mix`; `above ours` is of `mix`, seed by seed, beside its own. "
     "Attention reaches 512 tokens. Contexts and its window are carried from segment to segment of "
-    "128; Mamba carries nothing, and reads segments of 512.",
+    "128.",
     "quality, time": "The same, each model trained for as many steps as fit in the time of ours, "
     "Phase 1 included; a step is timed in turns, on one thread.",
     "quality, memory": "What all that was said is worth beyond a context rebuilt from the last "

@@ -255,11 +255,6 @@ def num_carried(model: LanguageModel) -> int | None:
     """
     if isinstance(model, Peer) and model.config.kind == "gpt":
         return None
-    if isinstance(model, Peer) and model.config.kind == "mamba":
-        inner: list[Any] = [block.cell.inner for block in model.stages()]  # pyright: ignore
-        # of each channel a state, and the positions that the convolution reads
-        return sum(one.intermediate_size * (one.ssm_state_size + one.conv_kernel_size - 1)
-                   for one in inner)  # fmt: skip
     return model.initial_context(1).numel()
 
 
@@ -353,15 +348,13 @@ class LongMemory:
             for pair, each in ways.items():
                 reached = [_reached(next(tried)) for _ in each]
                 best[pair] = each[reached.index(max(reached))]
-            # its step takes ten times as long as the others'
-            counts = {pair: 1 if pair[1] == "mamba" else self.num_seeds for pair in ways}
             found = solve(
                 "long memory",
                 [self._arguments(pair[0], *way, 1 + seed, SCORED_ON)
-                 for pair, way in best.items() for seed in range(counts[pair])],
+                 for pair, way in best.items() for seed in range(self.num_seeds)],
             )  # fmt: skip
             return [
-                _row(*pair, *way, [next(found) for _ in range(counts[pair])])
+                _row(*pair, *way, [next(found) for _ in range(self.num_seeds)])
                 for pair, way in best.items()
             ]
 
