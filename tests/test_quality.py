@@ -205,7 +205,7 @@ def test_a_step_size_that_diverges_is_not_chosen(
 
 
 def test_equal_time_counts_phase_1() -> None:
-    entrants = [quality.Entrant(name=name, model={}, phase1=None, num_seeds=1) for name in "ab"]
+    entrants = [quality.Entrant(name=name, model={}, phase1=None) for name in "ab"]
     paces = {"a": (10.0, 2.0), "b": (0.0, 1.0)}
     assert quality._equal_time(entrants, paces, 100) == {"a": 100, "b": 210}
 

@@ -424,7 +424,6 @@ class Entrant:
     name: str
     model: Numbers
     phase1: Numbers | None
-    num_seeds: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -499,21 +498,12 @@ class Quality:
         elif wanted != size:
             shape = matched(shape, wanted, vocab_size)
         first = to_dict(config.phase1)
-        entrants = [
-            Entrant(
-                name="convex", model=shape, phase1=first, num_seeds=self.num_seeds
-            )
-        ]  # fmt: skip
+        entrants = [Entrant(name="convex", model=shape, phase1=first)]
         for kind in PEERS:
             carried = 16 if kind == "mamba" else self.width
             bare = to_dict(PeerConfig(kind=kind, embedding_width=self.width, width=carried))
             entrants.append(
-                Entrant(
-                    name=kind,
-                    model=matched(bare, wanted, vocab_size),
-                    phase1=None,
-                    num_seeds=self.num_seeds,
-                )
+                Entrant(name=kind, model=matched(bare, wanted, vocab_size), phase1=None)
             )
         return entrants
 
@@ -576,12 +566,7 @@ class Quality:
         steps: dict[str, int],
     ) -> dict[str, list[Numbers]]:
         """Train each with every seed, seed by seed."""
-        asked = [
-            (one, seed)
-            for seed in range(max((one.num_seeds for one in entrants), default=0))
-            for one in entrants
-            if seed < one.num_seeds
-        ]
+        asked = [(one, seed) for seed in range(self.num_seeds) for one in entrants]
         found = runner.run(
             "models",
             trained,
@@ -649,7 +634,7 @@ class Long:
                 "a long training", trained, [given], places=places,
                 unfinished=self.out / "unfinished",
             )  # fmt: skip
-            ours = Entrant(name="convex", model=given["model"], phase1=given["phase1"], num_seeds=1)
+            ours = Entrant(name="convex", model=given["model"], phase1=given["phase1"])
             rate = config.phase2.learning_rate
             judged = found[0]["doctor"]
             row = _row("losses", ours, rate, found, corpus)
