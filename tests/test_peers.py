@@ -73,6 +73,22 @@ def test_what_is_carried_is_all_that_is_remembered(kind: str, seed: int, cut: in
     torch.testing.assert_close(found[real], whole.features[real], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_the_precision_is_nearly_the_same(kind: str) -> None:
+    ids, starts, real = text(3, 23)
+    found = []
+    for wide in (True, False):
+        peer = small_peer(kind)
+        with torch.autocast("cpu", torch.bfloat16, enabled=wide):
+            output = peer(ids, starts=starts, real=real)
+        assert output.context.dtype == torch.float32
+        output.features.float().sin().sum().backward()
+        grads = [p.grad.flatten() for p in peer.parameters() if p.grad is not None]
+        found.append([output.features[real].float(), torch.cat(grads)])
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= 0.03 * other.norm()
+
+
 def test_mamba_is_the_layer_of_transformers() -> None:
     mixer: Any = small_peer("mamba").stages()[0].cell
     x = torch.randn(3, 23, 16)

@@ -230,10 +230,14 @@ class MambaMixer(Mixer):
         rank, size = inner.time_step_rank, inner.ssm_state_size
         step, writes, reads = inner.x_proj(channels).split([rank, size, size], dim=-1)
         step = F.softplus(inner.dt_proj(step)).masked_fill(~real[..., None], 0.0)
-        mixed, state = selective_scan(
-            _time_major(channels), _time_major(step), -torch.exp(inner.A_log.T),
-            _time_major(writes), _time_major(reads), state, starts.T,
-        )  # fmt: skip
+        # states keep their precision where the large products of a text do not
+        parts = channels, step, writes, reads
+        channels, step, writes, reads = (part.to(state.dtype) for part in parts)
+        with torch.autocast(x.device.type, enabled=False):
+            mixed, state = selective_scan(
+                _time_major(channels), _time_major(step), -torch.exp(inner.A_log.T),
+                _time_major(writes), _time_major(reads), state, starts.T,
+            )  # fmt: skip
         mixed = mixed.transpose(0, 1) + channels * inner.D
         return inner.out_proj(mixed * F.silu(gate)), torch.cat([state, taps], dim=1)
 
