@@ -73,6 +73,20 @@ def test_what_is_carried_is_all_that_is_remembered(kind: str, seed: int, cut: in
     torch.testing.assert_close(found[real], whole.features[real], atol=1e-5, rtol=1e-4)
 
 
+# attention carries positions, padding among them, which it does not read
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gpt"])
+def test_padding_holds_what_is_carried(kind: str) -> None:
+    peer = small_peer(kind)
+    ids, starts, real = text(5, 23)
+    found = peer(ids, starts=starts, real=real).context
+    lengths = real.sum(dim=1).tolist()
+    assert min(lengths) < 23
+    for lane, length in enumerate(lengths):
+        part = (slice(lane, lane + 1), slice(0, length))
+        alone = peer(ids[part], starts=starts[part]).context if length else peer.initial_context(1)
+        torch.testing.assert_close(found[lane], alone[0], atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_the_precision_is_nearly_the_same(kind: str) -> None:
     ids, starts, real = text(3, 23)
