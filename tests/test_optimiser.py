@@ -112,7 +112,7 @@ SHAPE = {"embedding_width": 16, "width": 16, "mlp_width": 24}
         (PeerConfig(kind="gru", **SHAPE), {2: 2, 3: 4}),
         (PeerConfig(kind="mingru", **SHAPE), {2: 4}),
         (PeerConfig(kind="gpt", **SHAPE), {2: 2, 3: 2}),
-        (PeerConfig(kind="mamba", **SHAPE), {2: 4}),
+        (PeerConfig(kind="mamba", **SHAPE), {2: 4, 3: 2}),
     ],
 )
 def test_gates_that_share_a_matrix_are_taken_apart(

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from helpers import small_model, store_of, write_dialogues
 from new_llm import phase2, quality, resume
@@ -19,7 +21,7 @@ from new_llm.cli import main
 from new_llm.config import preset, to_dict
 from new_llm.console import Console
 from new_llm.errors import CheckpointError, DataError, NonFiniteError
-from new_llm.evaluate import evaluate, rebuilt_gains
+from new_llm.evaluate import evaluate, ratio_interval, rebuilt_gains
 from new_llm.model import NewLLM, num_parameters, token_losses
 from new_llm.quality import (
     Corpus,
@@ -71,21 +73,26 @@ def test_peers_have_as_many_parameters_as_the_default(kind: str) -> None:
     entrants = Quality(console=QUIET, out=Path("unused"))._entrants(4096)
     with torch.device("meta"):
         wanted = num_parameters(NewLLM(config.model, 4096))
-        (given,) = [one.model for one in entrants if one.name == kind]
-        total = num_parameters(build(given, 4096))
-    assert abs(total / wanted - 1.0) < 0.05
-    assert given["num_blocks"] == config.model.num_blocks
+        (shapes,) = [one.shapes for one in entrants if one.name == kind]
+        totals = [num_parameters(build(given, 4096)) for given in shapes]
+    assert all(abs(total / wanted - 1.0) < 0.05 for total in totals)
+    assert all(given["num_blocks"] == config.model.num_blocks for given in shapes)
+    # those that pay for width by its square may carry less, and have wider MLPs
+    wide = [(given["width"], given["mlp_width"]) for given in shapes]
+    assert len(wide) == (2 if kind in ("lstm", "gru", "mingru") else 1)
+    assert [*sorted(wide, reverse=True)] == wide
+    assert [*sorted(wide, key=lambda both: both[1])] == wide
 
 
 def test_ours_is_compared_as_it_stands() -> None:
     asked = Quality(console=QUIET, out=Path("unused"))
-    assert asked._entrants(4096)[0].model == to_dict(preset("convex").model)
+    assert asked._entrants(4096)[0].shapes == (to_dict(preset("convex").model),)
     # another vocabulary or width is another size, and so is one that was asked for
     for changed, vocab_size in ((asked, 400), (replace(asked, width=64), 4096),
                                 (replace(asked, parameters=3_000_000), 4096)):  # fmt: skip
         with torch.device("meta"):
-            sizes = [num_parameters(build(one.model, vocab_size))
-                     for one in changed._entrants(vocab_size)]  # fmt: skip
+            sizes = [num_parameters(build(shape, vocab_size))
+                     for one in changed._entrants(vocab_size) for shape in one.shapes]  # fmt: skip
         assert max(sizes) / min(sizes) < 1.05
     assert abs(sizes[0] / 3_000_000 - 1.0) < 0.01
 
@@ -98,9 +105,10 @@ def test_matched_finds_the_width_that_fits() -> None:
 
 
 def test_counts_are_scored_on_every_part_and_on_the_mix(corpus: Corpus) -> None:
-    bigram, trigram = counted(corpus)
+    bigram, *more = counted(corpus)
+    assert [row["model"].split()[1] for row in more] == ["trigram", "4-gram", "5-gram"]
     assert bigram["mix"] == pytest.approx(bigram["chats"])
-    assert 0.0 < trigram["chats, bits a byte"] < 8.0
+    assert all(0.0 < row["chats, bits a byte"] < 8.0 for row in more)
     (held_out,) = corpus.held_out.values()
     said = quality._said(held_out)
     assert len(said) == held_out.num_tokens - held_out.num_dialogues
@@ -157,9 +165,8 @@ def test_ours_and_a_peer_learn_from_the_same_tokens(
     named = {(row["table"], row["model"]): row for row in rows
              if row["table"] in ("tokens", "time")}  # fmt: skip
     assert set(named) == {
-        ("tokens", "Kneser-Ney bigram"), ("tokens", "Kneser-Ney trigram"),
         ("tokens", "convex"), ("tokens", "gru"), ("time", "convex"), ("time", "gru"),
-    }  # fmt: skip
+    } | {("tokens", row["model"]) for row in counted(corpus)}  # fmt: skip
     ours, peer = named["tokens", "convex"], named["tokens", "gru"]
     assert ours["tokens"] == peer["tokens"] and ours["seeds"] == 2
     remembered = [row for row in rows if row["table"] == "memory"]
@@ -169,16 +176,20 @@ def test_ours_and_a_peer_learn_from_the_same_tokens(
     # what is kept is not trained again, and holds its exact config
     kept = sorted((tmp_path / "trials").iterdir())
     records = [json.loads(path.read_text()) for path in kept]
-    assert {record["trial"] for record in records} == {"tried", "trained", "paced"}
+    assert {record["trial"] for record in records} == {"tried", "paced"}
     for record in records:
         if record["trial"] != "paced":
             assert set(record["arguments"]["phase2"]) == set(to_dict(small.phase2))
             assert record["arguments"]["phase2"]["muon_precision"] == "float32"
     assert not any((tmp_path / "unfinished").glob("*"))
-    assert ours["above ours"] == 0.0
-    apart = peer["mix"] - ours["mix"]
-    assert peer["above ours"] == pytest.approx(apart) and peer["its spread"] > 0.0
-    monkeypatch.setattr(quality, "trained", None)
+    leads = {(row["equal"], row["part"]): row for row in rows if row["table"] == "leads"}
+    assert set(leads) == {(equal, part) for equal in ("tokens", "time")
+                          for part in ("mix", *corpus.held_out)}  # fmt: skip
+    for (equal, part), row in leads.items():
+        apart = named[equal, "gru"][part] - named[equal, "convex"][part]
+        assert row["above ours"] == pytest.approx(apart, abs=1e-4) and row["seeds"] == 2
+        assert row["low"] < row["above ours"] < row["high"] and row["spread of seeds"] > 0.0
+    monkeypatch.setattr(quality, "tried", None)
     monkeypatch.setattr(quality.Runner, "_computed", lambda self, trial, left: iter(()))
     monkeypatch.setattr(quality.Runner, "key", lambda self, trial, given: _key(given, kept))
     assert asked.run() == rows
@@ -190,22 +201,83 @@ def test_a_step_size_that_diverges_is_not_chosen(
     def scored(**given: Any) -> dict[str, Any]:
         if given["phase2"]["learning_rate"] > 0.01:
             raise NonFiniteError("the loss is NaN")
-        loss = given["phase2"]["learning_rate"] + (given["model"].get("kind") == "gru")
+        loss = given["phase2"]["learning_rate"] + given["model"].get("width", 0)
         return {"scores": {"a": {"loss": loss, "num_tokens": 1}}}
 
     monkeypatch.setattr(quality, "trained", scored)
     monkeypatch.setattr(quality, "PEERS", ("gru",))
     asked = Quality(console=QUIET, out=tmp_path, learning_rates=(0.02, 0.004, 0.002), num_workers=1)
     with Runner(console=QUIET, folder=tmp_path / "trials", num_workers=1) as runner:
-        rates, rows = asked._tuned(corpus, runner, asked._entrants(400))
+        chosen, rates, rows = asked._tuned(corpus, runner, asked._entrants(400))
     assert rates == {"convex": 0.002, "gru": 0.002}
-    assert [row["loss"] for row in rows] == [None, 0.004, 0.002, None, 1.004, 1.002]
+    # the shape is chosen too
+    assert [(one.name, [shape.get("width") for shape in one.shapes]) for one in chosen] == [
+        ("convex", [None]), ("gru", [192]),
+    ]  # fmt: skip
+    assert [row["loss"] for row in rows] == [
+        None, 0.004, 0.002, None, 256.004, 256.002, None, 192.004, 192.002,
+    ]  # fmt: skip
+    assert [row["kept"] for row in rows] == [False, False, True, *(5 * [False]), True]
     # its table can be kept
     write_kept(tmp_path / "quality.json", {"rows": rows})
 
 
+def test_a_seed_that_diverges_is_left_out_and_told(corpus: Corpus) -> None:
+    def scored(nats: float) -> dict[str, Any]:
+        (part,) = corpus.held_out.values()
+        counts = np.diff(part.offsets) - 1
+        scores = {"loss": nats, "bits_per_byte": 1.0, "loss_assistant": nats, "num_tokens": 9}
+        return {
+            "parameters": 3, "parameters_inner": 2, "tokens_seen": 9, "seconds": 1.0,
+            "seconds_phase1": 0.0, "seconds_cache": 0.0, "scores": {"chats": scores},
+            "nats": {"chats": (nats * counts).tolist()},
+        }  # fmt: skip
+
+    one = quality.Entrant(name="gru", shapes=({},), phase1=None)
+    found = [scored(2.0), {"diverged": "NaN"}, scored(3.0)]
+    row = quality._row("tokens", one, 0.1, found, corpus)
+    assert (row["seeds"], row["diverged"], row["mix"]) == (2, 1, 2.5)
+    ours = [scored(1.5), scored(1.5), scored(1.5)]
+    mix, chats = quality._leads(found, ours, corpus)
+    assert mix["above ours"] == chats["above ours"] == pytest.approx(1.0)
+    # every dialogue is as far apart
+    assert mix["low"] == pytest.approx(1.0) == mix["high"]
+    assert mix["spread of seeds"] == pytest.approx(2**-0.5)
+    lost = 3 * [{"diverged": "NaN"}]
+    assert quality._row("tokens", one, 0.1, lost, corpus)["seeds"] == 0
+    assert [*quality._leads(lost, ours, corpus)] == []
+
+
+def test_nats_of_dialogues_are_those_of_each_read_alone() -> None:
+    torch.manual_seed(0)
+    model = NewLLM(small_model(), 40).eval()
+    generator = np.random.default_rng(0)
+    store = store_of([generator.integers(40, size=n).tolist() for n in (30, 5, 41, 2, 17)])
+    each = np.zeros(store.num_dialogues)
+    whole = evaluate(model, store, batch_size=2, segment_length=8, by_dialogue=each)
+    assert each.sum() / whole.num_tokens == pytest.approx(whole.loss)
+    for index, nats in enumerate(each):
+        alone = evaluate(model, store.cut(index, index + 1))
+        assert nats == pytest.approx(alone.loss * alone.num_tokens, rel=1e-5)
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 1000), count=st.integers(2, 30), level=st.floats(-3.0, 3.0))
+def test_intervals_move_with_what_they_are_of(seed: int, count: int, level: float) -> None:
+    generator = np.random.default_rng(seed)
+    counts = generator.integers(1, 50, size=count)
+    sums = generator.normal(size=count) * counts
+    low, high = ratio_interval(sums, counts)
+    ratios = sums / counts
+    assert ratios.min() - 1e-9 <= low <= high <= ratios.max() + 1e-9
+    moved = ratio_interval(sums + level * counts, counts)
+    assert moved == pytest.approx((low + level, high + level))
+    # of one kind of dialogue alone nothing is uncertain
+    assert ratio_interval(level * counts, counts) == pytest.approx((level, level))
+
+
 def test_equal_time_counts_phase_1() -> None:
-    entrants = [quality.Entrant(name=name, model={}, phase1=None) for name in "ab"]
+    entrants = [quality.Entrant(name=name, shapes=({},), phase1=None) for name in "ab"]
     paces = {"a": (10.0, 2.0), "b": (0.0, 1.0)}
     assert quality._equal_time(entrants, paces, 100) == {"a": 100, "b": 210}
 

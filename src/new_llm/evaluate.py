@@ -48,8 +48,8 @@ _AUDITED = 1e-3
 _LOSS_CHUNK = 1024
 # of a bootstrap, and tokens of past that are shown together
 _DRAWS, _PAST_BIN = 2000, 128
-# positions without which the mean of a bin is not shown
-_FEWEST = 30
+# positions, and dialogues, without which the mean of a bin is not shown
+_FEWEST, _FEWEST_TOLD = 30, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +90,23 @@ def evaluate(
     engine: Engine | Literal["auto"] = "auto",
     advance: Advance | None = None,
     world: World | None = None,
+    by_dialogue: np.ndarray | None = None,
 ) -> Evaluation:
     """Return the losses of a model on all dialogues of a store, contexts carried, dropout off.
 
     Memory does not grow with the length of a dialogue: segments follow one another, and their
     contexts are carried. Several processes take a share of the dialogues each, and all get the
     same.
+
+    Args:
+        model: in any mode; it is evaluated.
+        store: held-out dialogues.
+        batch_size: dialogues read side by side.
+        segment_length: tokens of each that are read at once.
+        engine: of our cells.
+        advance: is told of tokens read.
+        world: the processes that share the work.
+        by_dialogue: float64 `[D]`, to which the nats of each of the D dialogues are added.
 
     Raises:
         DataError: no token can be predicted.
@@ -134,6 +145,9 @@ def evaluate(
             chunk=_LOSS_CHUNK,
         )
         chosen = assistant[counts]
+        if by_dialogue is not None:
+            of = np.searchsorted(mine.offsets, segment.rows[segment.counts], side="right") - 1
+            np.add.at(by_dialogue, share.start + of, scored.nats.double().cpu().numpy())
         nats += scored.nats.double().sum().item()
         assistant_nats += scored.nats[chosen].double().sum().item()
         count += len(scored.nats)
@@ -413,8 +427,7 @@ def rebuilt_gains(
 
     In the longest dialogues of a store, evenly spaced tokens with more past than the largest reach
     are predicted twice: from all that was said, and from the last tokens read from zero. The
-    difference is paired; its interval is that of 2,000 draws of whole dialogues (percentile
-    bootstrap, Efron 1979).
+    difference is paired; its interval is that of `ratio_interval`.
 
     Args:
         model: in any mode; it is evaluated.
@@ -424,9 +437,9 @@ def rebuilt_gains(
         num_positions: predicted tokens of all dialogues together, about.
 
     Returns:
-        For each reach `mean`, `low`, `high` (95 %), and `by_past`: the mean gain by the tokens
-        before, in bins from 128 to 256, to 512, and so on doubled,
-        where a bin has 30 positions.
+        For each reach `mean`, `low`, `high` (95 %), `num_dialogues` that were long enough, and
+        `by_past`: the mean gain by the tokens before, in bins from 128 to 256, to 512, and so on
+        doubled, where a bin has 30 positions of four dialogues.
 
     Raises:
         DataError: no dialogue is long enough.
@@ -467,21 +480,40 @@ def _scored(model: LanguageModel, features: Tensor, targets: Tensor) -> Tensor:
     return token_losses(features, model.readout.weight, targets, ones, chunk=_LOSS_CHUNK).nats
 
 
-def _bootstrapped(gains: list[Tensor], places: list[Tensor]) -> dict[str, Any]:
-    draws = np.random.default_rng(0).integers(len(gains), size=(_DRAWS, len(gains)))
-    sums = np.array([gain.double().sum().item() for gain in gains])
-    counts = np.array([len(gain) for gain in gains])
+def ratio_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval of a mean over tokens, whole dialogues drawn anew 2,000 times.
+
+    Args:
+        sums: of each dialogue, `[D]`.
+        counts: its tokens, `[D]`.
+
+    Source: percentile bootstrap (Efron 1979).
+
+    >>> low, high = ratio_interval(np.array([2.0, 4.0, 9.0]), np.array([2, 4, 3]))
+    >>> 1.0 <= low < 15.0 / 9.0 < high <= 3.0
+    True
+    """
+    draws = np.random.default_rng(0).integers(len(sums), size=(_DRAWS, len(sums)))
     means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _bootstrapped(gains: list[Tensor], places: list[Tensor]) -> dict[str, Any]:
+    sums = np.array([gain.double().sum().item() for gain in gains])
+    counts = np.array([len(gain) for gain in gains])
+    low, high = ratio_interval(sums, counts)
     past, gain = torch.cat(places), torch.cat(gains)
+    told = torch.repeat_interleave(torch.arange(len(gains)), torch.from_numpy(counts))
     doubled = (past / _PAST_BIN).log2().floor().clamp(min=0).long()
     by_past = {
         str(_PAST_BIN << int(bin_)): gain[doubled == bin_].mean().item()
         for bin_ in doubled.unique()
         if (doubled == bin_).sum() >= _FEWEST
+        and len(told[doubled == bin_].unique()) >= _FEWEST_TOLD
     }
-    return {"mean": sums.sum() / counts.sum(), "low": float(low), "high": float(high),
-            "by_past": by_past}  # fmt: skip
+    return {"mean": sums.sum() / counts.sum(), "low": low, "high": high,
+            "num_dialogues": len(gains), "by_past": by_past}  # fmt: skip
 
 
 def verdict_dict(token: Diagnosis, sequence: Diagnosis | None) -> dict[str, Any]:

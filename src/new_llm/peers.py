@@ -196,7 +196,8 @@ class AttentionMixer(Mixer):
 class MambaMixer(Mixer):
     """The mixer of `transformers`, its recurrence by `selective_scan`; state and taps are carried.
 
-    The layer there begins each call at zero and cannot begin a dialogue inside of one.
+    The layer there begins each call at zero and cannot begin a dialogue inside of one. Its own
+    output map is left out: that of the block stands right behind it, and reads the gated channels.
 
     Source: Mamba (arXiv:2312.00752).
     """
@@ -207,17 +208,21 @@ class MambaMixer(Mixer):
         from transformers import MambaConfig
         from transformers.models.mamba import modeling_mamba
 
-        self.width = width
-        config = MambaConfig(hidden_size=width, state_size=state_size, num_hidden_layers=1)
-        self.inner = modeling_mamba.MambaMixer(config, 0)
-        self.stacked = {"inner.in_proj.weight": 2}
+        config = MambaConfig(
+            hidden_size=width, state_size=state_size, num_hidden_layers=1,
+            # steps, writes and reads are three maps of one height
+            time_step_rank=state_size,
+        )  # fmt: skip
+        self.inner: Any = modeling_mamba.MambaMixer(config, 0)
+        self.inner.out_proj = nn.Identity()
+        self.stacked = {"inner.in_proj.weight": 2, "inner.x_proj.weight": 3}
         self.num_taps = self.inner.conv_kernel_size - 1
-        self.channels = self.inner.intermediate_size
+        self.width = self.inner.intermediate_size
 
     def initial(self, batch: int) -> Tensor:
         """Return zeros: the state, and below it what the convolution read last, `[B, N + 3, C]`."""
         size = self.inner.ssm_state_size + self.num_taps
-        return self.inner.in_proj.weight.new_zeros(batch, size, self.channels)
+        return self.inner.in_proj.weight.new_zeros(batch, size, self.width)
 
     def forward(
         self, x: Tensor, carried: Tensor, starts: Tensor, real: Tensor
@@ -239,7 +244,7 @@ class MambaMixer(Mixer):
                 _time_major(writes), _time_major(reads), state, starts.T,
             )  # fmt: skip
         mixed = mixed.transpose(0, 1) + channels * inner.D
-        return inner.out_proj(mixed * F.silu(gate)), torch.cat([state, taps], dim=1)
+        return mixed * F.silu(gate), torch.cat([state, taps], dim=1)
 
     def _convolved(
         self, channels: Tensor, taps: Tensor, starts: Tensor, real: Tensor
@@ -256,7 +261,7 @@ class MambaMixer(Mixer):
             same = dialogue[:, part] == dialogue[:, before:]
             found = found + (read[:, part] * same[..., None]) * weight[before - back]
         last = real.long().sum(dim=1, keepdim=True) + torch.arange(before, device=real.device)
-        kept = read.gather(1, last[..., None].expand(-1, -1, self.channels))
+        kept = read.gather(1, last[..., None].expand(-1, -1, self.width))
         of = dialogue.gather(1, last)
         return F.silu(found), kept * (of == of[:, -1:])[..., None]
 

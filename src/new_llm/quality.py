@@ -37,7 +37,13 @@ from .counts import KneserNey
 from .data import TokenStore, dialogue_hash, held_out_ids, is_held_out, write_store
 from .dialogues import DEFAULT_SOURCE, Messages, ReadReport, read_dialogues
 from .errors import CheckpointError, DataError, NonFiniteError
-from .evaluate import evaluate, rebuilt_gains, sequence_verdict, token_verdict
+from .evaluate import (
+    evaluate,
+    ratio_interval,
+    rebuilt_gains,
+    sequence_verdict,
+    token_verdict,
+)
 from .files import read_object, sha256, understood, write_json
 from .model import LanguageModel, NewLLM, num_parameters
 from .peers import Peer
@@ -51,6 +57,9 @@ from .tokenizer import ChatTokenizer
 # ours first, then what it is compared with
 PEERS = ("lstm", "gru", "mingru", "gpt", "mamba")
 LEARNING_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+# those whose own matrices grow with the square of what they carry: three quarters of that width,
+# and a wider MLP for it, are tried too, as ours were
+_NARROWED = ("lstm", "gru", "mingru")
 VOCAB_SIZE = 4096
 # two LSTM layers of 256, norms, read-outs and 4,096 embeddings: they leave no room for an MLP
 PARAMETERS = 2_235_392
@@ -59,8 +68,12 @@ PAST_POSITIONS = 4000
 # about an hour on two cores
 LONG_TOKENS = 14_000_000
 _HELD_OUT_SHARE = 0.05
-# steps of one turn of a timing, and turns
-_PACED_STEPS, _PACED_TURNS = 16, 5
+# steps of one turn of a timing, those before it, in which what is carried grows, and turns
+_PACED_STEPS, _PACED_AFTER, _PACED_TURNS = 16, 4, 5
+# of which MLPs have a multiple when steps are timed: products of odd widths take up to a tenth more
+_EVEN_WIDTH = 16
+# words of Kneser-Ney's n-grams
+_ORDERS = {2: "bigram", 3: "trigram", 4: "4-gram", 5: "5-gram"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,7 +300,7 @@ def trained(
         "seconds_phase1": settled - begun,
         "seconds_cache": cached - settled,
         "seconds": done.seconds,
-        "scores": {name: evaluate(made, part).to_dict() for name, part in corpus.held_out.items()},
+        **_scored(made, corpus),
         "rebuilt": _rebuilt(made, corpus, past_positions) if past_positions else None,
         "doctor": _judged(made, corpus) if isinstance(made, NewLLM) else None,
     }
@@ -311,41 +324,68 @@ def tried(**given: Any) -> Numbers:
 def paced(*, asked: list[Numbers], folder: str) -> Numbers:
     """Return the seconds of Phase 1 and of a training step, for models that take turns.
 
+    A step is what 16 more steps take, by which what is carried has its full size.
+
     Args:
-        asked: arguments of `trained` for each, without `folder`; their steps are one turn's.
+        asked: arguments of `trained` for each, without `folder`.
         folder: of the corpus.
     """
     corpus = Corpus.open(Path(folder))
     models = [build(given["model"], corpus.vocab_size) for given in asked]
-    seconds: list[list[float]] = [[] for _ in asked]
-    before = []
-    for given, model in zip(asked, models, strict=True):
-        begun = time.perf_counter()
-        if given["phase1"] is not None and isinstance(model, NewLLM):
-            _settle(model, corpus, from_dict(Phase1Config, given["phase1"]), given["seed"])
-        before.append(time.perf_counter() - begun)
+
+    def predicted(given: Numbers, model: LanguageModel, steps: int) -> float:
+        config = from_dict(Phase2Config, given["phase2"] | {"max_steps": steps, "min_steps": steps})
+        with tempfile.TemporaryDirectory(prefix="new-llm-") as place:
+            begun = time.perf_counter()
+            _predict(
+                model, corpus, None, config, Phase1Config(), given["sequence_length"],
+                given["seed"], Path(place) / "training",
+            )  # fmt: skip
+            return time.perf_counter() - begun
+
+    before: list[list[float]] = [[] for _ in asked]
+    steps: list[list[float]] = [[] for _ in asked]
     for turn in range(_PACED_TURNS + 1):
-        for given, model, found in zip(asked, models, seconds, strict=True):
-            config = from_dict(Phase2Config, given["phase2"])
-            with tempfile.TemporaryDirectory(prefix="new-llm-") as place:
-                begun = time.perf_counter()
-                done = _predict(
-                    model, corpus, None, config, Phase1Config(), given["sequence_length"],
-                    given["seed"], Path(place) / "training",
-                )  # fmt: skip
-                if turn:  # the first one warms up
-                    found.append((time.perf_counter() - begun) / done.num_steps)
-    return {"phase1": before, "step": [statistics.median(found) for found in seconds]}
+        for given, model, first, second in zip(asked, models, before, steps, strict=True):
+            begun = time.perf_counter()
+            if given["phase1"] is not None and isinstance(model, NewLLM):
+                fresh = build(given["model"], corpus.vocab_size)
+                assert isinstance(fresh, NewLLM)
+                _settle(fresh, corpus, from_dict(Phase1Config, given["phase1"]), given["seed"])
+            settled = time.perf_counter() - begun
+            few = predicted(given, model, _PACED_AFTER)
+            many = predicted(given, model, _PACED_AFTER + _PACED_STEPS)
+            if turn:  # the first one warms up
+                first.append(settled)
+                second.append((many - few) / _PACED_STEPS)
+    return {
+        "phase1": [*map(statistics.median, before)],
+        "step": [*map(statistics.median, steps)],
+        "torch": torch.__version__,
+        "device": device_name("cpu"),
+    }
 
 
-def _rebuilt(model: LanguageModel, corpus: Corpus, num_positions: int) -> Numbers | None:
-    """Return what is gained from all that was said in the longest dialogues, by tokens kept."""
-    longest = max(corpus.held_out.values(), key=lambda part: np.diff(part.offsets).max())
-    try:
-        found = rebuilt_gains(model, longest, num_positions=num_positions)
-    except DataError:
-        return None
-    return {str(reach): gains for reach, gains in found.items()}
+def _scored(model: LanguageModel, corpus: Corpus) -> Numbers:
+    """Return losses on every held-out part, and the nats of each of its dialogues."""
+    scores, nats = {}, {}
+    for name, part in corpus.held_out.items():
+        each = np.zeros(part.num_dialogues)
+        scores[name] = evaluate(model, part, by_dialogue=each).to_dict()
+        nats[name] = each.round(3).tolist()
+    return {"scores": scores, "nats": nats}
+
+
+def _rebuilt(model: LanguageModel, corpus: Corpus, num_positions: int) -> dict[str, Numbers]:
+    """Return what is gained from all that was said, by part and tokens kept."""
+    found = {}
+    for name, part in corpus.held_out.items():
+        try:
+            gained = rebuilt_gains(model, part, num_positions=num_positions)
+        except DataError:  # its dialogues are short
+            continue
+        found[name] = {str(reach): gains for reach, gains in gained.items()}
+    return found
 
 
 def _judged(model: NewLLM, corpus: Corpus) -> Numbers:
@@ -422,7 +462,8 @@ class Entrant:
     """A model of the comparison."""
 
     name: str
-    model: Numbers
+    shapes: tuple[Numbers, ...]
+    """Of as many parameters each; tuning leaves one."""
     phase1: Numbers | None
 
 
@@ -454,36 +495,44 @@ class Quality:
             return self._tables(corpus, runner)
 
     def _tables(self, corpus: Corpus, runner: Runner) -> list[Numbers]:
-        entrants = self._entrants(corpus.vocab_size)
-        rates, tuning = self._tuned(corpus, runner, entrants)
-        steps = dict.fromkeys(rates, num_steps(self.tokens))
-        trained_on = self._trained(corpus, runner, entrants, rates, steps)
-        paces = self._paces(corpus, runner, entrants)
-        steps = _equal_time(entrants, paces, num_steps(self.tokens))
-        timed = self._trained(corpus, runner, entrants, rates, steps)
-        rows = [*tuning, *counted(corpus)]
-        for table, numbers in (("tokens", trained_on), ("time", timed)):
-            ours = numbers[entrants[0].name]
-            for one in entrants:
-                row = _row(table, one, rates[one.name], numbers[one.name], corpus)
-                count = numbers[one.name][0]["num_steps"]
-                row["seconds"] = paces[one.name][0] + count * paces[one.name][1]
-                rows.append(row | _apart(numbers[one.name], ours))
+        entrants, rates, rows = self._tuned(corpus, runner, self._entrants(corpus.vocab_size))
+        equal_tokens = {one.name: num_steps(self.tokens) for one in entrants}
+        numbers = self._trained(corpus, runner, entrants, rates, equal_tokens)
+        paces, timed_on = self._paces(corpus, runner, entrants)
+        equal_time = _equal_time(entrants, paces, num_steps(self.tokens))
+        timed = self._trained(corpus, runner, entrants, rates, equal_time)
+        rows += counted(corpus)
         for one in entrants:
-            rows += _remembered(one.name, trained_on[one.name][0]["rebuilt"])
+            row = _row("tokens", one, rates[one.name], numbers[one.name], corpus)
+            rows.append(row | {"seconds": _needed(paces[one.name], equal_tokens[one.name])})
+        for one in entrants:
+            row = _row("time", one, rates[one.name], timed[one.name], corpus)
+            row |= {"seconds": _needed(paces[one.name], equal_time[one.name]),
+                    "a step, ms": 1e3 * paces[one.name][1], "timed on": timed_on}  # fmt: skip
+            rows.append(row)
+        ours, *peers = (one.name for one in entrants)
+        for equal, found in (("tokens", numbers), ("time", timed)):
+            for peer in peers:
+                for row in _leads(found[peer], found[ours], corpus):
+                    rows.append({"table": "leads", "model": peer, "equal": equal} | row)
+        for one in entrants:
+            rows += _remembered(one.name, numbers[one.name][0].get("rebuilt"))
         return rows
 
     def _paces(
         self, corpus: Corpus, runner: Runner, entrants: list[Entrant]
-    ) -> dict[str, tuple[float, float]]:
-        """Return each model's seconds of Phase 1 and of a step."""
+    ) -> tuple[dict[str, tuple[float, float]], str]:
+        """Return each model's seconds of Phase 1 and of a step, and on what they were taken."""
         # trials share the machine with others: what a step takes is measured apart, in turns
-        asked = [self._arguments(one, self.learning_rates[0], _PACED_STEPS, 0) for one in entrants]
+        steps = _PACED_AFTER + _PACED_STEPS
+        asked = [self._arguments(_evened(one), self.learning_rates[0], steps, 0)
+                 for one in entrants]  # fmt: skip
         (paces,) = runner.run(
             "seconds a step", paced, [{"asked": asked}], places={"folder": str(corpus.folder)}
         )
         both = zip(paces["phase1"], paces["step"], strict=True)
-        return {one.name: pair for one, pair in zip(entrants, both, strict=True)}
+        found = {one.name: pair for one, pair in zip(entrants, both, strict=True)}
+        return found, places_of([paces])
 
     def _entrants(self, vocab_size: int) -> list[Entrant]:
         """Return ours and its peers, all with equally many parameters."""
@@ -498,13 +547,15 @@ class Quality:
         elif wanted != size:
             shape = matched(shape, wanted, vocab_size)
         first = to_dict(config.phase1)
-        entrants = [Entrant(name="convex", model=shape, phase1=first)]
+        entrants = [Entrant(name="convex", shapes=(shape,), phase1=first)]
         for kind in PEERS:
-            carried = 16 if kind == "mamba" else self.width
-            bare = to_dict(PeerConfig(kind=kind, embedding_width=self.width, width=carried))
-            entrants.append(
-                Entrant(name=kind, model=matched(bare, wanted, vocab_size), phase1=None)
-            )
+            widths = [16 if kind == "mamba" else self.width]
+            if kind in _NARROWED:
+                widths.append(self.width * 3 // 4)
+            bare = [to_dict(PeerConfig(kind=kind, embedding_width=self.width, width=width))
+                    for width in widths]  # fmt: skip
+            shapes = tuple(matched(each, wanted, vocab_size) for each in bare)
+            entrants.append(Entrant(name=kind, shapes=shapes, phase1=None))
         return entrants
 
     def _arguments(self, one: Entrant, learning_rate: float, steps: int, seed: int) -> Numbers:
@@ -517,7 +568,7 @@ class Quality:
         if one.phase1 is None:
             training = replace(training, contractive=0.0, contractive_every=1, pair_hinge=0.0)
         return {
-            "model": one.model,
+            "model": one.shapes[0],
             "phase1": one.phase1,
             "phase2": to_dict(training),
             "sequence_length": config.data.sequence_length,
@@ -526,10 +577,12 @@ class Quality:
 
     def _tuned(
         self, corpus: Corpus, runner: Runner, entrants: list[Entrant]
-    ) -> tuple[dict[str, float], list[Numbers]]:
-        """Return each model's best learning rate of the grid, and the rows of all."""
+    ) -> tuple[list[Entrant], dict[str, float], list[Numbers]]:
+        """Return each model's best shape and learning rate, and the rows of all."""
         steps = num_steps(self.tuning_tokens)
-        asked = [(one, rate) for one in entrants for rate in self.learning_rates]
+        asked = [(replace(one, shapes=(shape,)), rate)
+                 for one in entrants for shape in one.shapes
+                 for rate in self.learning_rates]  # fmt: skip
         found = runner.run(
             "learning rates",
             tried,
@@ -541,21 +594,24 @@ class Quality:
             math.inf if "diverged" in numbers else mixed_loss(numbers["scores"])
             for numbers in found
         ]
-        rates = {
+        # the first of several that are as good
+        best = {
             one.name: min(
-                (loss, rate)
-                for (other, rate), loss in zip(asked, losses, strict=True)
-                if other is one
+                (loss, place)
+                for place, ((other, _), loss) in enumerate(zip(asked, losses, strict=True))
+                if other.name == one.name
             )[1]
             for one in entrants
         }
         rows: list[Numbers] = [
-            {"table": "tuning", "model": one.name, "learning_rate": rate,
+            {"table": "tuning", "model": one.name, "carried width": _carried_width(one.shapes[0]),
+             "MLP width": one.shapes[0]["mlp_width"], "learning_rate": rate,
              "loss": loss if math.isfinite(loss) else None,  # None where it diverged
-             "kept": rates[one.name] == rate}
-            for (one, rate), loss in zip(asked, losses, strict=True)
+             "kept": best[one.name] == place}
+            for place, ((one, rate), loss) in enumerate(zip(asked, losses, strict=True))
         ]  # fmt: skip
-        return rates, rows
+        chosen = [asked[best[one.name]] for one in entrants]
+        return [one for one, _ in chosen], {one.name: rate for one, rate in chosen}, rows
 
     def _trained(
         self,
@@ -569,7 +625,7 @@ class Quality:
         asked = [(one, seed) for seed in range(self.num_seeds) for one in entrants]
         found = runner.run(
             "models",
-            trained,
+            tried,
             [
                 self._arguments(one, rates[one.name], steps[one.name], seed)
                 | ({} if seed else {"past_positions": PAST_POSITIONS})
@@ -593,14 +649,44 @@ def _equal_time(
     return {name: count if name == ours else round(allowed / paces[name][1]) for name in paces}
 
 
-def _apart(found: list[Numbers], ours: list[Numbers]) -> Numbers:
-    """Return how far a model is above ours, seed by seed: the mean and its standard deviation."""
-    apart = [
-        mixed_loss(one["scores"]) - mixed_loss(other["scores"])
-        for one, other in zip(found, ours, strict=False)
-    ]
-    spread = statistics.stdev(apart) if len(apart) > 1 else None
-    return {"above ours": statistics.fmean(apart), "its spread": spread}
+def _needed(pace: tuple[float, float], count: int) -> float:
+    """Return the seconds of Phase 1 and so many steps."""
+    return pace[0] + count * pace[1]
+
+
+def _evened(one: Entrant) -> Entrant:
+    """Return a model whose MLPs have the nearest width that processors like."""
+    shape = one.shapes[0]
+    width = round(shape["mlp_width"] / _EVEN_WIDTH) * _EVEN_WIDTH
+    return replace(one, shapes=(shape | {"mlp_width": width},))
+
+
+def _carried_width(shape: Numbers) -> int:
+    return shape["context_width"] if "cell" in shape else shape["width"]
+
+
+def _ended(found: list[Numbers]) -> list[Numbers]:
+    return [numbers for numbers in found if "diverged" not in numbers]
+
+
+def _leads(found: list[Numbers], ours: list[Numbers], corpus: Corpus) -> Iterator[Numbers]:
+    """Yield how far a model is above ours on the mix and on each part, seed by seed."""
+    both = [pair for pair in zip(found, ours, strict=True) if len(_ended([*pair])) == 2]
+    if not both:
+        return
+    for part in ("mix", *corpus.held_out):
+        stores = [*corpus.held_out.values()] if part == "mix" else [corpus.held_out[part]]
+        counts = np.concatenate([np.diff(store.offsets) - 1 for store in stores])
+        names = list(corpus.held_out) if part == "mix" else [part]
+        apart = np.array([
+            np.concatenate([np.subtract(one["nats"][name], other["nats"][name]) for name in names])
+            for one, other in both
+        ])  # fmt: skip
+        each = apart.sum(axis=1) / counts.sum()
+        low, high = ratio_interval(apart.mean(axis=0), counts)
+        yield {"part": part, "above ours": float(each.mean()), "low": low, "high": high,
+               "spread of seeds": float(each.std(ddof=1)) if len(each) > 1 else None,
+               "seeds": len(each)}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -634,7 +720,7 @@ class Long:
                 "a long training", trained, [given], places=places,
                 unfinished=self.out / "unfinished",
             )  # fmt: skip
-            ours = Entrant(name="convex", model=given["model"], phase1=given["phase1"])
+            ours = Entrant(name="convex", shapes=(given["model"],), phase1=given["phase1"])
             rate = config.phase2.learning_rate
             judged = found[0]["doctor"]
             row = _row("losses", ours, rate, found, corpus)
@@ -673,11 +759,12 @@ def mixed_loss(scores: dict[str, Numbers]) -> float:
 
 
 def counted(corpus: Corpus) -> list[Numbers]:
-    """Return the rows of bigram and trigram, counted on the same tokens."""
+    """Return the rows of n-grams, counted on the same tokens."""
     rows = []
-    for order, name in ((2, "Kneser-Ney bigram"), (3, "Kneser-Ney trigram")):
+    for order, name in _ORDERS.items():
         model = KneserNey(corpus.train, corpus.vocab_size, order)
-        row: Numbers = {"table": "tokens", "model": name, "tokens": corpus.train.num_tokens}
+        row: Numbers = {"table": "tokens", "model": f"Kneser-Ney {name}",
+                        "tokens": corpus.train.num_tokens}  # fmt: skip
         nats = {part: model.nats(store) for part, store in corpus.held_out.items()}
         row["mix"] = float(np.concatenate([*nats.values()]).mean())
         for part, store in corpus.held_out.items():
@@ -693,9 +780,10 @@ def counted(corpus: Corpus) -> list[Numbers]:
 def _remembered(name: str, rebuilt: Numbers | None) -> list[Numbers]:
     """Return what all that was said is worth beyond the last tokens, by how many these are."""
     return [
-        {"table": "memory", "model": name, "tokens kept": int(reach), "gain": gains["mean"],
-         "low": gains["low"], "high": gains["high"], "by past": gains["by_past"]}
-        for reach, gains in (rebuilt or {}).items()
+        {"table": "memory", "model": name, "part": part, "tokens kept": int(reach),
+         "gain": gains["mean"], "low": gains["low"], "high": gains["high"],
+         "dialogues": gains["num_dialogues"], "by past": gains["by_past"]}
+        for part, reached in (rebuilt or {}).items() for reach, gains in reached.items()
     ]  # fmt: skip
 
 
@@ -709,15 +797,21 @@ def _said(store: TokenStore) -> np.ndarray:
 def _row(
     table: str, one: Entrant, learning_rate: float, found: list[Numbers], corpus: Corpus
 ) -> Numbers:
-    """Return one row: means over seeds, and the spread of the mix."""
+    """Return one row: means over the seeds that did not diverge, and the spread of the mix."""
+    row: Numbers = {"table": table, "model": one.name, "learning_rate": learning_rate}
+    lost = len(found) - len(_ended(found))
+    if lost:
+        row["diverged"] = lost
+    found = _ended(found)
+    if not found:
+        return row | {"seeds": 0}
     mixed = [mixed_loss(numbers["scores"]) for numbers in found]
 
     def mean(part: str, name: str) -> float:
         return statistics.fmean(numbers["scores"][part][name] for numbers in found)
 
-    row: Numbers = {
-        "table": table, "model": one.name, "parameters": found[0]["parameters"],
-        "without embedding": found[0]["parameters_inner"], "learning_rate": learning_rate,
+    row |= {
+        "parameters": found[0]["parameters"], "without embedding": found[0]["parameters_inner"],
         "tokens": found[0]["tokens_seen"], "seeds": len(found),
         "seconds": _median_seconds(found),
         "mix": statistics.fmean(mixed),
