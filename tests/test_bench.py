@@ -63,6 +63,7 @@ def test_a_long_benchmark_too(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     [
         (["nothing"], "a benchmark is one of"),
         (["engines", "--threads", "0"], "at least 1"),
+        (["engines", "--threads", "3000000000"], "at most 4096"),
         (["engines", "--lengths", "0"], "at least 1"),
         (["quality", "--workers", "0"], "at least 1"),
         (["quality"], "add --out DIR"),
@@ -238,6 +239,15 @@ def test_no_cell_of_a_wide_table_is_cut(
         assert text in shown
     # as it is where it fits
     assert ("wide (2)" in said) == (width < 140)
+
+
+@pytest.mark.parametrize("name", ["engines", "sweeps"])
+def test_a_benchmark_measures_the_sizes_that_it_is_given(name: str) -> None:
+    bench = Bench(console=Console(quiet=True), device="cpu", lengths=(24, 40), batches=(3,),
+                  width=16)  # fmt: skip
+    rows = BENCHES[name](bench)
+    assert {row["T"] for row in rows} == {24, 40}
+    assert name == "sweeps" or {row["B"] for row in rows} == {3}
 
 
 def test_the_command_beside_a_table_says_what_was_asked() -> None:

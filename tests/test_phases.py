@@ -533,6 +533,10 @@ def test_a_model_that_ignores_its_context_is_amnesic() -> None:
     with torch.no_grad():
         model.read_outs()[0][1].weight.zero_()  # pyright: ignore
     diagnosis = sequence_verdict(model, store_of(text(20)), trained=True)
+    # what the sweeps reached is the scan's, to about what they still moved by
+    reached = {name: row.value for name, row in diagnosis.measurements.items()
+               if name.endswith("sweep_distance")}  # fmt: skip
+    assert reached and all(0.0 < float(value or 0.0) < 1e-3 for value in reached.values())
     assert "amnesic" in diagnosis.verdicts
     assert "amnesic" not in sequence_verdict(model, store_of(text(20)), trained=False).verdicts
 

@@ -8,15 +8,18 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
 from helpers import QUICK, reseal, small_run
 from new_llm import cli
+from new_llm.bench import BENCHES
 from new_llm.config import PRESETS, preset
 from new_llm.errors import ConfigError
+from new_llm.experiments import EXPERIMENTS
+from new_llm.lab import CLAIMS
 from new_llm.records import read_history
 from new_llm.report import write_report
 
@@ -229,6 +232,11 @@ def test_bad_dialogues_leave_nothing_behind(
         (["generate", "none", "--prompt", "x"], "holds no model.safetensors"),
         (["lab", "nothing"], "an experiment is one of"),
         (["report", "none", "--out", "x"], "has no result.json"),
+        (["generate", "c", "--prompt", "x", "--temperature", "-1"], "new-llm: temperature must be"),
+        (["serve", "c", "--session-minutes", "nan"], "--session-minutes needs a positive number"),
+        (["bench", "quality", "--out", "a/b", "--data", "nowhere"], "train.jsonl"),
+        (["lab", "confusion", "--out", "a/b", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["lab", "confusion", "--data", ""], "dialogues expected, got nothing"),
     ],
 )
 def test_mistakes_are_one_clear_line(
@@ -262,6 +270,39 @@ def test_a_preset_may_stand_anywhere_and_options_change_it() -> None:
     assert frozen.config.phase2.freeze_context and frozen.config.preset == "demo"
     for named in (["--preset=demo"], ["--preset", "demo"]):
         assert cli.parse("run", [*named, "--out", "x"]).config == preset("demo")
+
+
+def test_none_is_a_word_of_the_command_line() -> None:
+    given = ["--phase2.max-steps", "none", "--data.valid=none", "--track", "none", "--seed", "3"]
+    options = cli.parse("run", ["--out", "none", *given, "demo"])
+    assert options.config.phase2.max_steps is None and options.config.data.valid is None
+    # where nothing may be left open it is a word like others
+    assert options.track == "none" and options.out == Path("none")
+    assert cli.parse("ui", ["x", "--port", "none"]).port is None
+    assert cli.parse("bench", ["tasks", "--threads=none"]).threads is None
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [("run", PRESETS), ("lab", [*EXPERIMENTS, CLAIMS]), ("bench", BENCHES)],
+)
+def test_help_names_what_may_be_chosen(
+    command: str, names: Iterable[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([command, "--help"]) == 0
+    said = set(re.findall(r"[\w-]+", capsys.readouterr().out))
+    assert set(names) <= said
+
+
+def test_an_interrupted_talk_does_not_deny_what_it_saved(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("new_llm.terminal.Chat.run", interrupted)
+    assert cli.main(["chat", str(finished)]) == 130
+    assert "what /save wrote is kept" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

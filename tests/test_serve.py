@@ -236,7 +236,18 @@ def test_a_bad_request_is_answered_in_one_error(kind: str, stream: bool, url: st
     found = httpx.post(f"{url}/chat/completions", content=text,
                        headers={"Content-Type": "application/json"})  # fmt: skip
     assert found.status_code == status, found.text
-    assert says in found.json()["error"]["message"]
+    error = found.json()["error"]
+    assert says in error["message"]
+    # which field is meant, where it is one
+    assert kind != "a temperature" or error["param"] == "temperature"
+
+
+def test_a_body_that_is_no_json_is_said_to_be_none(url: str) -> None:
+    found = httpx.post(f"{url}/chat/completions", content=b'{"model": "small", oops',
+                       headers={"Content-Type": "application/json"})  # fmt: skip
+    assert found.status_code == 400
+    error = found.json()["error"]
+    assert "a body in JSON expected" in error["message"] and error["param"] is None
 
 
 def test_what_no_talk_needs_is_not_read(url: str) -> None:

@@ -5,13 +5,14 @@ import dataclasses
 import difflib
 import importlib
 import io
+import math
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import tyro
 
@@ -25,13 +26,17 @@ Options = TypeVar("Options")
 _RUN_ALIASES = {"--data": "--data.source", "--valid": "--data.valid"}
 # long names of a config's options, for the commands that take none
 _DATA_ALIASES = {"--data.on-bad-row": "--on-bad-row", "--data.split": "--split"}
+# more than any machine that we know of has cores for
+_MOST_THREADS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """A whole run, or one stage of it. Resumes an unfinished DIR.
 
-    `--data` is short for `--data.source`, `--valid` for `--data.valid`.
+    A preset may stand before the options: seed-sequential, seed-layerwise, layerwise, convex or
+    demo; without one it is convex. `--data` is short for `--data.source`, `--valid` for
+    `--data.valid`.
     """
 
     out: Path
@@ -162,7 +167,8 @@ class LabOptions:
     """Repeat an experiment of the founding documents: their value, ours, agreement and why."""
 
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME|all")]
-    """The experiment."""
+    """The experiment: untrained, trained-small, scaling, dialogue-512, multi-sample, metrics,
+    clipping, warmup, depth, dropout, sweep, repetition, trained-search, confusion or claims."""
     data: str | None = None
     """Dialogues, for experiments on real text."""
     out: Path | None = None
@@ -184,7 +190,8 @@ class BenchOptions:
     """
 
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME|all")]
-    """The benchmark."""
+    """The benchmark: engines, recurrence, sweeps, token-scope, generation, flatness, document,
+    memory, quality, long, ablations or tasks."""
     checkpoint: Path | None = None
     """A trained model's folder; without one, weights are as the default preset draws them."""
     data: str | None = None
@@ -221,7 +228,7 @@ class ReportOptions:
     """Write one HTML page of one or several finished runs."""
 
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="DIR...")]
-    """Folders of finished runs."""
+    """Folders of finished runs, at least one."""
     out: Path
     """The page."""
 
@@ -340,7 +347,7 @@ def _serve(options: ServeOptions) -> None:
         max_new_tokens=options.max_new_tokens, temperature=options.temperature,
         top_k=options.top_k, top_p=options.top_p,
     )  # fmt: skip
-    if options.session_minutes <= 0 or options.max_sessions < 1:
+    if not 0 < options.session_minutes < math.inf or options.max_sessions < 1:
         raise ConfigError(
             "--session-minutes needs a positive number and --max-sessions at least 1, got "
             f"{options.session_minutes:g} and {options.max_sessions}"
@@ -498,9 +505,12 @@ def _bench(options: BenchOptions) -> None:
     asked = (options.tokens, options.threads, options.workers)
     given = [number for number in asked if number is not None]
     numbers = (*options.lengths, *options.batches, *given, options.width)
-    if min(numbers) < 1 or options.width % 8 or not options.lengths or not options.batches:
+    crowded = max(options.threads or 1, options.workers or 1) > _MOST_THREADS
+    empty = not options.lengths or not options.batches
+    if min(numbers) < 1 or options.width % 8 or empty or crowded:
         raise ConfigError(
             "--lengths, --batches, --tokens, --threads and --workers need numbers of at least 1, "
+            f"the last two of at most {_MOST_THREADS}, "
             f"--width a multiple of 8, which heads share, got {options.lengths}, "
             f"{options.batches}, {given} and {options.width}"
         )
@@ -554,6 +564,8 @@ class Command:
     """Whether a preset may stand before the options."""
     resumes: Callable[[Any], bool] = lambda options: False
     """Whether the same command goes on where it was interrupted."""
+    left: str = "nothing was written"
+    """What there is of it after an interruption, otherwise."""
 
 
 def _always(options: Any) -> bool:
@@ -570,7 +582,7 @@ COMMANDS = {
     "cache": Command(RunOptions, _cache, takes_preset=True, resumes=_always),
     "phase2": Command(RunOptions, _phase2, takes_preset=True, resumes=_always),
     "generate": Command(GenerateOptions, _generate),
-    "chat": Command(ChatOptions, _chat),
+    "chat": Command(ChatOptions, _chat, left="what /save wrote is kept"),
     "serve": Command(ServeOptions, _serve),
     "ui": Command(UiOptions, _ui),
     "export": Command(ExportOptions, _export),
@@ -618,12 +630,31 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
         rest, chosen = _take_preset(rest)
         default = RunOptions(out=tyro.MISSING, config=preset(chosen))  # pyright: ignore
     aliases = _RUN_ALIASES if command.takes_preset else _DATA_ALIASES
-    rest = [_expand_alias(argument, aliases) for argument in rest]
+    rest = _none_as_python([_expand_alias(argument, aliases) for argument in rest], command.options)
     if "--prompt" in rest[:-1]:
         # whatever stands behind it is the prompt, also where it looks like an option
         place = rest.index("--prompt")
         rest[place : place + 2] = [f"--prompt={rest[place + 1]}"]
     return _parse_options(command.options, rest, default, f"new-llm {name}")
+
+
+def _none_as_python(arguments: list[str], cls: type) -> list[str]:
+    """Return arguments in which what may be left open says `None`, as tyro reads it."""
+    kinds = {f"--{name}": hint for name, hint in _hints(cls)}
+
+    def open_(option: str) -> bool:
+        return type(None) in get_args(kinds.get(option.replace("_", "-")))
+
+    found = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        option, equals, value = argument.partition("=")
+        if argument == "none" and open_(before):
+            found.append("None")
+        elif equals and value == "none" and open_(option):
+            found.append(f"{option}=None")
+        else:
+            found.append(argument)
+    return found
 
 
 def _expand_alias(argument: str, aliases: dict[str, str]) -> str:
@@ -656,17 +687,22 @@ def _take_preset(arguments: list[str]) -> tuple[list[str], str]:
     return left, named[0] if named else "convex"
 
 
-def _flags(cls: type, prefix: str = "") -> set[str]:
-    """Return the options that take no value."""
-    flags: set[str] = set()
-    for name, hint in get_type_hints(cls).items():
-        option = name.replace("_", "-")
+def _hints(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the long names of options and what they take."""
+    for name, noted in get_type_hints(cls, include_extras=True).items():
+        extras = getattr(noted, "__metadata__", ())
+        hint, option = (get_args(noted)[0] if extras else noted), name.replace("_", "-")
         if dataclasses.is_dataclass(hint):
-            inner = "" if name == "config" else f"{prefix}{option}."
-            flags |= _flags(hint, inner)  # pyright: ignore[reportArgumentType]
-        elif hint is bool:
-            flags |= {f"--{prefix}{option}", f"--{prefix}no-{option}"}
-    return flags
+            bare = any(getattr(extra, "name", None) == "" for extra in extras)
+            yield from _hints(hint, prefix if bare else f"{prefix}{option}.")  # pyright: ignore[reportArgumentType]
+        else:
+            yield prefix + option, hint
+
+
+def _flags(cls: type) -> set[str]:
+    """Return the options that take no value."""
+    names = [name for name, hint in _hints(cls) if hint is bool]
+    return {f"--{no}{name}" for name in names for no in ("", "no-")}
 
 
 def _parse_options(cls: type[Options], arguments: list[str], default: Any, program: str) -> Options:
@@ -751,8 +787,9 @@ def _call(name: str, arguments: Sequence[str]) -> int:
             print(f"new-llm: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
-        goes_on = command is not None and options is not None and command.resumes(options)
-        then = "the same command goes on from here" if goes_on else "nothing was written"
+        then = "nothing was written" if command is None else command.left
+        if command is not None and options is not None and command.resumes(options):
+            then = "the same command goes on from here"
         if is_main_process():
             print(f"new-llm: interrupted; {then}", file=sys.stderr)
         return 130

@@ -477,7 +477,8 @@ _SECTION = {
     "Phase1Config": "phase1.",
     "Phase2Config": "phase2.",
     "SnapshotConfig": "snapshots.",
-    "SampleConfig": "sample.",
+    # `generate`, `chat`, `ui` and requests name its fields without a section
+    "SampleConfig": "",
 }
 
 

@@ -359,6 +359,8 @@ def _exists(source: str) -> bool:
 def _files(source: str) -> list[Path]:
     if source == DEFAULT_SOURCE:
         return []
+    if not source:
+        raise DataError("a path or a name of dialogues expected, got nothing; give one")
     try:
         path = Path(source).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()

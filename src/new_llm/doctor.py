@@ -325,6 +325,8 @@ class SequenceSubject:
     """The parallel solve from zero, with the doctor's own cap and tolerance."""
     residual: float
     """Largest relative change of a real position after it."""
+    distance: float
+    """Largest relative distance of what it reached to `contexts`, which a scan has found."""
     lyapunov: float
     """Mean log growth of a small difference, nats a token."""
     decay_length: float
@@ -356,6 +358,7 @@ def diagnose_sequence(subject: SequenceSubject, thresholds: Thresholds = THRESHO
     settled = subject.residual <= rules.residual and sweeps <= most
     sheet.judge("sweeps", float(sweeps), f"<= {most}", settled, "not_converged")
     sheet.note("sweep_residual", subject.residual)
+    sheet.note("sweep_distance", subject.distance)
     sheet.note("decay_length", subject.decay_length)
     sheet.judge_rank([contexts])
     sheet.note("cosine", cosine)

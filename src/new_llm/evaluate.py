@@ -330,6 +330,7 @@ def _of_text(model: NewLLM, store: TokenStore, *, trained: bool) -> Diagnosis:
             contexts=contexts[k][real],
             sweeps=swept,
             residual=swept.residual[real].max().item(),
+            distance=_largest_distance(swept.contexts[real], contexts[k][real]),
             lyapunov=exponent,
             decay_length=float(small[0]) + 1.0 if len(small) else math.inf,
             apply=_at_rows(cell, cell.search_map, chosen_x),
@@ -341,6 +342,12 @@ def _of_text(model: NewLLM, store: TokenStore, *, trained: bool) -> Diagnosis:
         diagnoses.append(_of_ids(diagnose_sequence(subject), ids[real]))
     gain, length = memory_gain(model, ids, starts, real)
     return with_memory(worst(diagnoses), gain_nats=gain, context_length=length, trained=trained)
+
+
+def _largest_distance(found: Tensor, wanted: Tensor) -> float:
+    """Return the largest relative distance of rows `[N, C]`."""
+    apart = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-12)
+    return apart.max().item()
 
 
 def _read_back(

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -290,13 +290,22 @@ def alone(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def held(folder: Path | None) -> Iterator[None]:
-    """Make a folder and hold it for this process, see `alone`; None is no folder."""
+    """Make a folder and hold it for this process, see `alone`; None is no folder.
+
+    What was made for nothing is taken away: a refusal leaves no empty folder.
+    """
     if folder is None:
         yield
         return
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder):
-        yield
+    try:
+        with alone(folder):
+            yield
+    finally:
+        for one in made:
+            with suppress(OSError):  # it holds something
+                one.rmdir()
 
 
 def read_object(path: Path, kind: str) -> dict[str, Any]:

@@ -42,7 +42,6 @@ Snapshot = Callable[[str, NewLLM, dict[str, Any]], None]
 _SMOOTH = 0.95
 # steps between two rows of the history
 _LOG_EVERY = 10
-# tells the hinge's draws from the contractive objective's
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        """The resolved config, versions and data fingerprint."""
+        """The resolved config, its fingerprint, and versions."""
         return self.path / "config.json"
 
     @property
@@ -51,7 +51,7 @@ class RunFolder:
 
     @property
     def training(self) -> Path:
-        """State of an unfinished Phase 2."""
+        """State of an unfinished Phase 1 or Phase 2."""
         return self.path / "training"
 
     @property

@@ -131,7 +131,8 @@ class _Asked(BaseModel):
         try:
             return replace(config, **({"seed": secrets.randbelow(SEEDS)} | given))
         except ConfigError as error:
-            raise _Refused(str(error)) from None
+            # its first word is the field
+            raise _Refused(str(error), param=str(error).partition(" ")[0]) from None
 
     def stops(self) -> tuple[str, ...]:
         """Return the strings that end the text."""
@@ -697,6 +698,11 @@ async def _not_found(request: Request, error: Exception) -> JSONResponse:
 async def _not_understood(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        wrong = _Refused(
+            f"a body in JSON expected, it is none from character {first['loc'][-1]} on"
+        )
+        return JSONResponse(_error(wrong), status_code=400)
     place = ".".join(str(part) for part in first["loc"] if part != "body")
     wrong = _Refused(f"{place or 'the request'}: {first['msg']}", param=place or None)
     return JSONResponse(_error(wrong), status_code=400)

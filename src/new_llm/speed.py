@@ -196,7 +196,8 @@ def engines(bench: Bench) -> Rows:
     model = _model(bench)
     cell = model.cells()[0]
     rows: Rows = []
-    for batch in sorted({*bench.batches, 2, 4, 16}):
+    batches = (1, 2, 4, 8, 16, 64) if bench.batches == BATCHES else bench.batches
+    for batch in batches:
         for length in bench.lengths:
             if batch * length > 262_144:
                 continue
@@ -242,11 +243,13 @@ def _carried(cell: ContextCell, initial: Tensor, engine: Engine, x: Tensor) -> T
 def sweeps(bench: Bench) -> Rows:
     """Sweeps of gate-scan for a relative error of 1e-5, on real dialogues joined without reset."""
     model = _model(bench)
-    longest = max(65536, *bench.lengths) if bench.checkpoint else max(bench.lengths)
-    text = _long_text(bench, model, longest)
+    lengths = bench.lengths
+    if lengths == LENGTHS:
+        # weights as they are drawn show less of a very long text
+        lengths = (64, 256, 1024, 4096, 16384, *((65536,) if bench.checkpoint else ()))
+    text = _long_text(bench, model, max(lengths))
     rows: Rows = []
-    length = 64
-    while length <= longest:
+    for length in lengths:
         with torch.no_grad():
             engines: list[Engine] = ["gate-scan"] * len(model.stages())
             zeros, ids = model.initial_context(1), text[None, :length]
@@ -273,7 +276,6 @@ def sweeps(bench: Bench) -> Rows:
                     "stack, audited": apart,
                 }
             )  # fmt: skip
-        length *= 4
     return rows
 
 
@@ -571,9 +573,8 @@ def _evaluate_document(bench: Bench, tokens: int) -> dict[str, Any]:
 def memory(bench: Bench) -> Rows:
     """Peak memory of one training step over the length of a text, ours and a GPT block's."""
     rows: Rows = []
-    for length in (1024, 2048, 4096, 8192, 16384):
-        if length > max(bench.lengths):
-            break
+    lengths = (1024, 2048, 4096, 8192, 16384) if bench.lengths == LENGTHS else bench.lengths
+    for length in lengths:
         row: dict[str, Any] = {"T": length, "B": 1}
         for name in ("convex, scan", "convex, gate-scan", "layerwise, scan", "GPT block", "LSTM"):
             row[name] = _apart(_train_memory, bench, (name, length))["grown_mib"]
