@@ -315,6 +315,16 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: a file is missing, truncated, changed or of another format; the tokenizer
             does not fit the model; its contraction is not what was written.
+
+    >>> import tempfile
+    >>> from new_llm.config import ModelConfig
+    >>> tokenizer = ChatTokenizer.train(iter(["hello hello"]), 300)
+    >>> small = ModelConfig(context_width=8, embedding_width=8, hidden_width=8, mlp_width=8)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_checkpoint(Path(folder) / "a", NewLLM(small, tokenizer.vocab_size), tokenizer)
+    ...     loaded = load_checkpoint(Path(folder) / "a")
+    >>> loaded.model.config == small, loaded.model.training
+    (True, False)
     """
     path = resolve(Path(folder))
     config = read_json(path / "config.json", "a checkpoint's config")

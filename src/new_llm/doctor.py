@@ -121,7 +121,9 @@ class Measurement:
     """One number, what it is held against, and whether it passed (None: only reported)."""
 
     value: float | None
+    """None where it could not be taken."""
     threshold: str | None = None
+    """What is wanted, in words: `< 0`."""
     passed: bool | None = None
 
 
@@ -130,10 +132,15 @@ class Diagnosis:
     """The doctor's answer for one scope."""
 
     scope: str
+    """`token` or `sequence`."""
     verdict: str
+    """`healthy`, or the worst of what is wrong."""
     verdicts: tuple[str, ...]
+    """All that is wrong, the worst first."""
     measurements: dict[str, Measurement]
+    """By name; of several blocks `block 1: NAME`, counted from 1."""
     advice: tuple[str, ...]
+    """What to try, the likeliest first."""
     portraits: tuple[Portrait, ...] = ()
     """What a page shows, a block each; not a part of `to_dict`."""
 

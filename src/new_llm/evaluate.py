@@ -220,6 +220,14 @@ def token_verdict(model: NewLLM, ids: Tensor | None = None) -> Diagnosis:
 
     Without `ids` 4C of those that Phase 1 never trains on, evenly over the vocabulary: the work
     does not grow with it. How many there are to choose from stands among the measurements.
+
+    >>> from new_llm.config import ModelConfig
+    >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
+    <torch...>
+    >>> small = ModelConfig(context_width=16, embedding_width=16, hidden_width=16, num_blocks=1)
+    >>> found = token_verdict(NewLLM(small, 400))
+    >>> found.scope, found.measurements["q2"].value < 1.0
+    ('token', True)
     """
     return _judged(model, "token", lambda: _of_tokens(model, ids))
 
@@ -283,7 +291,17 @@ def _at_rows(
 
 @torch.no_grad()
 def sequence_verdict(model: NewLLM, store: TokenStore, *, trained: bool) -> Diagnosis:
-    """Judge the contexts carried through held-out dialogues; `trained`: after Phase 2."""
+    """Judge the contexts carried through held-out dialogues; `trained`: after Phase 2.
+
+    >>> from new_llm.config import ModelConfig
+    >>> ids = (np.arange(400) * 7 % 50).astype(np.int32)
+    >>> store = TokenStore(tokens=ids, assistant=ids > 0, offsets=np.array([0, 200, 400]),
+    ...                    num_content_bytes=np.array([9, 9]), fingerprint="")
+    >>> small = ModelConfig(context_width=16, embedding_width=16, hidden_width=16, num_blocks=1)
+    >>> found = sequence_verdict(NewLLM(small, 50), store, trained=False)
+    >>> found.scope, found.measurements["lyapunov"].passed
+    ('sequence', True)
+    """
     return _judged(model, "sequence", lambda: _of_text(model, store, trained=trained))
 
 

@@ -48,6 +48,14 @@ def read(
 
     Raises:
         DataError: a row has nothing to read.
+
+    >>> from new_llm.config import ModelConfig
+    >>> model = NewLLM(ModelConfig(context_width=8, embedding_width=8, hidden_width=8), 50).eval()
+    >>> ids = torch.tensor([[3, 1, 4, 1]])
+    >>> first = read(model, ids[:, :2])
+    >>> whole, rest = read(model, ids), read(model, ids[:, 2:], first.context)
+    >>> torch.allclose(rest.logits, whole.logits, atol=1e-5), whole.context.shape
+    (True, torch.Size([1, 2, 8]))
     """
     if ids.shape[1] == 0 or (real is not None and not real.any(dim=1).all()):
         raise DataError("a prompt of at least one token expected, got an empty one; give some text")
@@ -279,6 +287,16 @@ def generate(checkpoint: Checkpoint, prompt: str, config: SampleConfig) -> str:
 
     Raises:
         DataError: the prompt is empty.
+
+    >>> from new_llm.tokenizer import ChatTokenizer
+    >>> from new_llm.config import ModelConfig, SampleConfig
+    >>> tokenizer = ChatTokenizer.train(iter(["hello hello"]), 300)
+    >>> small = ModelConfig(context_width=8, embedding_width=8, hidden_width=8, mlp_width=8)
+    >>> model = NewLLM(small, tokenizer.vocab_size).eval()
+    >>> checkpoint = Checkpoint(model=model, tokenizer=tokenizer, config={})
+    >>> text = generate(checkpoint, "hello", SampleConfig(max_new_tokens=5, seed=1))
+    >>> text == generate(checkpoint, "hello", SampleConfig(max_new_tokens=5, seed=1))
+    True
     """
     tokenizer = checkpoint.tokenizer
     stops = (tokenizer.im_start_id, tokenizer.im_end_id)
@@ -286,12 +304,32 @@ def generate(checkpoint: Checkpoint, prompt: str, config: SampleConfig) -> str:
 
 
 class Conversation:
-    """A chat whose memory is one context; `fork` copies it, `save` and `load` keep it."""
+    """A chat whose memory is one context; `fork` copies it, `save` and `load` keep it.
+
+    Args:
+        checkpoint: what speaks.
+        config: how its answers are drawn.
+
+    >>> from new_llm.tokenizer import ChatTokenizer
+    >>> from new_llm.config import ModelConfig, SampleConfig
+    >>> tokenizer = ChatTokenizer.train(iter(["hello hello"]), 300)
+    >>> small = ModelConfig(context_width=8, embedding_width=8, hidden_width=8, mlp_width=8)
+    >>> model = NewLLM(small, tokenizer.vocab_size).eval()
+    >>> checkpoint = Checkpoint(model=model, tokenizer=tokenizer, config={})
+    >>> talk = Conversation(checkpoint, SampleConfig(max_new_tokens=3))
+    >>> heard = "".join(talk.reply("hello"))
+    >>> talk.num_turns, tuple(talk.context.shape)
+    (1, (1, 2, 8))
+    >>> other = talk.fork()
+    >>> "".join(other.reply("again")) == "".join(talk.reply("again"))
+    True
+    """
 
     def __init__(self, checkpoint: Checkpoint, config: SampleConfig) -> None:
         self.checkpoint = checkpoint
         self.config = config
         self.context: Tensor | None = None
+        """What is remembered, `[1, K, C]`; None is nothing yet."""
         self.num_turns = 0
         self.last: Speech | None = None
         """The latest answer."""
