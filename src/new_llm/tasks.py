@@ -433,6 +433,7 @@ def _row(
         "chance": TASKS[task].chance,
         "parameters": ended[0]["parameters"] if ended else None,
         "carried": ended[0]["carried"] if ended else None,
+        "MLP width": model["mlp_width"],
         "q2": max(q2) if q2 else None,
         "learning_rate": learning_rate,
         "time-scales": model["longest_timescale"] if len(begun(model)) > 1 else None,
