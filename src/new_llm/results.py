@@ -52,7 +52,8 @@ CAPTIONS = {
     "Texts train on distances up to 64. Another seed, on other texts and at all distances, chose "
     "the learning rate and how gates begin: at `time-scales` of up to so many tokens, or as is "
     "usual for a peer. All have as many parameters, the MLPs what a recurrence leaves of "
-    "them, W_c = 0 those beside that it leaves idle; `carried` are the numbers that go from position to position, of attention all that was read, "
+    "them, W_c = 0 those beside that it leaves idle; `carried` are the numbers that go from "
+    "position to position, of attention all that was read, "
     "at rotary positions far beyond those that it trained on. Phase 2 alone: no fixed point is "
     "judged. `q2` is the largest of any block and seed, `standard error` the largest of any seed "
     "and distance, over texts; `chance` is what guessing gets.",
