@@ -112,9 +112,11 @@ def ablations() -> Iterator[Ablation]:
     # what a usual comparison with an LSTM would have shown, and how much of it is the recurrence
     adamw = {"optimiser": "adamw", "learning_rate": 4e-3}
     yield Ablation(table="recipe", name="default, AdamW", phase2=adamw)
-    usual = {"longest_timescale": None}
-    yield Ablation(table="recipe", name="LSTM", kind="lstm")
-    yield Ablation(table="recipe", name="LSTM, AdamW", kind="lstm", phase2=adamw)
+    # as wide as the comparison found best: at full width there is no room for an MLP
+    lstm = {"width": 192}
+    usual = lstm | {"longest_timescale": None}
+    yield Ablation(table="recipe", name="LSTM", kind="lstm", model=lstm)
+    yield Ablation(table="recipe", name="LSTM, AdamW", kind="lstm", model=lstm, phase2=adamw)
     yield Ablation(
         table="recipe", name="LSTM, its gates begun as usual, AdamW", kind="lstm", model=usual,
         phase2=adamw,
