@@ -222,6 +222,32 @@ def test_a_step_size_that_diverges_is_not_chosen(
     write_kept(tmp_path / "quality.json", {"rows": rows})
 
 
+def test_a_step_is_timed_past_the_first_ones(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    clock, asked = [0.0], []
+
+    def predict(model: Any, corpus: Any, known: Any, config: Any, *rest: Any) -> None:
+        # what is set up takes a while, and the first steps, whose window fills, take less
+        asked.append(config.max_steps)
+        clock[0] += 100.0 + 2.0 * config.max_steps - min(config.max_steps, quality._PACED_AFTER)
+
+    monkeypatch.setattr(quality, "_predict", predict)
+    monkeypatch.setattr(quality.time, "perf_counter", lambda: clock[0])
+    one = Quality(console=QUIET, out=tmp_path, width=16)._entrants(corpus.vocab_size)[1]
+    given = Quality(console=QUIET, out=tmp_path)._arguments(one, 4e-3, 20, 0)
+    found = quality.paced(asked=[given], folder=str(corpus.folder))
+    assert found["step"] == [pytest.approx(2.0)] and found["phase1"] == [0.0]
+    assert set(asked) == {quality._PACED_AFTER, quality._PACED_AFTER + quality._PACED_STEPS}
+    assert "CPU" in found["device"]
+
+
+def test_steps_are_timed_with_widths_that_processors_like() -> None:
+    for width, even in ((513, 512), (171, 176), (336, 336), (0, 0)):
+        one = quality.Entrant(name="a", shapes=({"mlp_width": width},), phase1=None)
+        assert quality._evened(one).shapes == ({"mlp_width": even},)
+
+
 def test_a_seed_that_diverges_is_left_out_and_told(corpus: Corpus) -> None:
     def scored(nats: float) -> dict[str, Any]:
         (part,) = corpus.held_out.values()

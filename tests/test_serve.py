@@ -221,6 +221,7 @@ BAD = {
     ),
     "a temperature": ({"temperature": -1}, 400, "temperature must be at least 0"),
     "a number": ({"max_tokens": "many"}, 400, "max_tokens"),
+    "no tokens": ({"max_tokens": 0}, 400, "max_new_tokens must be"),
     "two answers": ({"n": 2}, 400, "n is not supported here, got 2"),
     "tools": ({"tools": [{"type": "function"}]}, 400, "tools is not supported here"),
     "bad text": ({"messages": asked("\ud800")}, 400, "UTF-8"),
@@ -240,6 +241,7 @@ def test_a_bad_request_is_answered_in_one_error(kind: str, stream: bool, url: st
     assert says in error["message"]
     # which field is meant, where it is one
     assert kind != "a temperature" or error["param"] == "temperature"
+    assert kind != "no tokens" or error["param"] is None
 
 
 def test_a_body_that_is_no_json_is_said_to_be_none(url: str) -> None:

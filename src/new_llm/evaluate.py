@@ -106,7 +106,8 @@ def evaluate(
         engine: of our cells.
         advance: is told of tokens read.
         world: the processes that share the work.
-        by_dialogue: float64 `[D]`, to which the nats of each of the D dialogues are added.
+        by_dialogue: float64 `[D]`, to which the nats of each of the D dialogues are added; of
+            several processes each adds those of its share.
 
     Raises:
         DataError: no token can be predicted.

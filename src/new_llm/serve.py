@@ -131,8 +131,10 @@ class _Asked(BaseModel):
         try:
             return replace(config, **({"seed": secrets.randbelow(SEEDS)} | given))
         except ConfigError as error:
-            # its first word is the field
-            raise _Refused(str(error), param=str(error).partition(" ")[0]) from None
+            # its first word is the setting, which most fields are called by
+            name = str(error).partition(" ")[0]
+            field = name if name in type(self).model_fields else None
+            raise _Refused(str(error), param=field) from None
 
     def stops(self) -> tuple[str, ...]:
         """Return the strings that end the text."""
