@@ -324,7 +324,7 @@ def tried(**given: Any) -> Numbers:
 def paced(*, asked: list[Numbers], folder: str) -> Numbers:
     """Return the seconds of Phase 1 and of a training step, for models that take turns.
 
-    A step is what 16 more steps take, by which what is carried has its full size.
+    A step is what each of some more takes, once what is carried has its full size.
 
     Args:
         asked: arguments of `trained` for each, without `folder`.
@@ -347,10 +347,9 @@ def paced(*, asked: list[Numbers], folder: str) -> Numbers:
     steps: list[list[float]] = [[] for _ in asked]
     for turn in range(_PACED_TURNS + 1):
         for given, model, first, second in zip(asked, models, before, steps, strict=True):
+            fresh = build(given["model"], corpus.vocab_size)
             begun = time.perf_counter()
-            if given["phase1"] is not None and isinstance(model, NewLLM):
-                fresh = build(given["model"], corpus.vocab_size)
-                assert isinstance(fresh, NewLLM)
+            if given["phase1"] is not None and isinstance(fresh, NewLLM):
                 _settle(fresh, corpus, from_dict(Phase1Config, given["phase1"]), given["seed"])
             settled = time.perf_counter() - begun
             few = predicted(given, model, _PACED_AFTER)
