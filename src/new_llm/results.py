@@ -177,7 +177,7 @@ def _memory_figure(rows: list[Result]) -> str:
     parts = [*dict.fromkeys(row["part"] for row in rows)]
 
     def draw(figure: Any) -> None:
-        all_axes = figure.subplots(len(parts), len(reaches), sharey=True, squeeze=False)
+        all_axes = figure.subplots(len(parts), len(reaches), sharey="col", squeeze=False)
         places = itertools.product(parts, reaches)
         for axes, (part, reach) in zip(all_axes.flat, places, strict=True):
             for row in rows:
@@ -185,9 +185,10 @@ def _memory_figure(rows: list[Result]) -> str:
                     continue
                 past = sorted((int(at), gain) for at, gain in row["by past"].items())
                 place = models.index((row["bench"], row["model"]))
-                name = row["model"] if row["bench"] == "quality" else f"{row['model']} (long)"
+                long = row["bench"] != "quality"
+                name = f"{row['model']} (long)" if long else row["model"]
                 axes.plot(*zip(*past, strict=True), color=COLOURS[place % len(COLOURS)],
-                          label=name, marker="o", ms=2)  # fmt: skip
+                          ls="--" if long else "-", label=name, marker="o", ms=2)  # fmt: skip
             axes.axhline(0.0, color="black", lw=0.5)
             axes.set_title(f"{part}, against the last {reach}", fontsize=9)
             axes.set_xscale("log", base=2)
@@ -195,6 +196,7 @@ def _memory_figure(rows: list[Result]) -> str:
             axes.set_xlabel("tokens before, at least")
         for axes in all_axes[:, 0]:
             axes.set_ylabel("gain, nats a token")
-        all_axes[0, -1].legend(frameon=False, fontsize=8)
+        named = all_axes[0, 0].get_legend_handles_labels()
+        figure.legend(*named, loc="outside lower center", ncols=len(models), frameon=False)
 
     return alone(draw, inches=(3.2 * len(reaches), 3.0 * len(parts)))
