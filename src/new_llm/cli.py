@@ -227,7 +227,10 @@ class BenchOptions:
 class ReportOptions:
     """Write one HTML page of one or several finished runs."""
 
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="DIR...")]
+    runs: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(metavar="DIR...", help_behavior_hint="(required)"),
+    ]
     """Folders of finished runs, at least one."""
     out: Path
     """The page."""
