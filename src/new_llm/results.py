@@ -11,7 +11,7 @@ from .files import read_sealed, write_sealed, write_text
 
 Result = dict[str, Any]
 # of a result that is kept
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # what stands above it on a page is the reader's guide, and is kept
 MARK = "<!-- below: written by the commands that stand there -->"
