@@ -21,6 +21,7 @@ from new_llm.cli import main
 from new_llm.config import preset, to_dict
 from new_llm.console import Console
 from new_llm.errors import CheckpointError, DataError, NonFiniteError
+from new_llm.files import write_sealed
 from new_llm.evaluate import evaluate, ratio_interval, rebuilt_gains
 from new_llm.model import NewLLM, num_parameters, token_losses
 from new_llm.quality import (
@@ -33,7 +34,7 @@ from new_llm.quality import (
     mixed_loss,
     prepare_corpus,
 )
-from new_llm.results import MARK, write_kept
+from new_llm.results import MARK, finished, write_kept
 from new_llm.runner import Runner
 
 QUIET = Console(quiet=True)
@@ -220,6 +221,12 @@ def test_a_step_size_that_diverges_is_not_chosen(
     assert [row["kept"] for row in rows] == [False, False, True, *(5 * [False]), True]
     # its table can be kept
     write_kept(tmp_path / "quality.json", {"rows": rows})
+
+
+def test_a_kept_result_of_an_older_layout_is_refused(tmp_path: Path) -> None:
+    write_sealed(tmp_path / "quality.json", {"rows": [{"table": "memory"}]}, version=1)
+    with pytest.raises(CheckpointError, match=r"format 2 expected.* has 1; delete it"):
+        finished(tmp_path, ("quality",))
 
 
 def test_a_step_is_timed_past_the_first_ones(
