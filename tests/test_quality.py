@@ -21,8 +21,8 @@ from new_llm.cli import main
 from new_llm.config import preset, to_dict
 from new_llm.console import Console
 from new_llm.errors import CheckpointError, DataError, NonFiniteError
-from new_llm.files import write_sealed
 from new_llm.evaluate import evaluate, ratio_interval, rebuilt_gains
+from new_llm.files import write_sealed
 from new_llm.model import NewLLM, num_parameters, token_losses
 from new_llm.quality import (
     Corpus,
