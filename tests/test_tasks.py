@@ -186,6 +186,25 @@ def test_a_recurrent_peer_learns_parity_and_a_linear_one_does_not() -> None:
     assert near["convex, W_c = 0"]["accuracy"]["32"] < 0.8
 
 
+@pytest.mark.parametrize("task", [*TASKS])
+def test_each_task_trains_as_long_and_at_such_rates_as_it_says(
+    task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def run(self: object, title: str, trial: object, given: list[Any], **_: object) -> list[Any]:
+        asked.extend(each["training"] for each in given)
+        return [{"diverged": "not trained"} for _ in given]
+
+    monkeypatch.setattr("new_llm.tasks.Runner.run", run)
+    monkeypatch.setattr("new_llm.tasks.TASKS", {task: TASKS[task]})
+    LongMemory(console=Console(quiet=True)).run()
+    assert {each["max_steps"] for each in asked} == {TASKS[task].num_steps}
+    rates = {each["learning_rate"] for each in asked}
+    assert rates >= {*TASKS[task].learning_rates}
+    assert min(rates) == min(TASKS[task].learning_rates) / 2
+
+
 def test_all_models_are_equally_large_and_bounded_as_they_say() -> None:
     models = LongMemory(console=Console(quiet=True)).models(6)
     assert set(models) == {"convex", "convex, W_c = 0", "convex, no limit", *PEERS}
