@@ -252,7 +252,7 @@ def test_rows_keep_the_learning_rate_that_holds_longest(
         assert len(first) == (6 if row["model"] == "gru" else 4)
         reached = {way: (holds_until(found), found["64"]) for way, found in first.items()}
         assert reached[row["learning_rate"], row["time-scales"]] == max(reached.values())
-        assert len(row["holds until"]) == 2
+        assert len(row["holds until"]) == 2 and row["steps"] == 4
     monkeypatch.setattr("new_llm.tasks.solved", None)
     monkeypatch.setattr("new_llm.runner.Runner.key", lambda self, trial, given: _kept(asked, given))
     assert asked.run() == rows

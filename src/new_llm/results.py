@@ -49,7 +49,7 @@ CAPTIONS = {
     "tasks": "The longest distance up to which nine in ten answers are right, seed by seed, and "
     "the mean shares of right answers: a column of 16 is of distances from 13 to 16, one of 32 "
     "from 25, and so on; of copy of that distance alone. "
-    "Texts train on distances up to 64, in 3,000 steps of 32 texts, of induction in 9,000. "
+    "Texts train on distances up to 64, in `steps` of 32 texts. "
     "Another seed, on other texts and at all distances, chose "
     "the learning rate and how gates begin: at `time-scales` of up to so many tokens, or as is "
     "usual for a peer. All have as many parameters, the MLPs what a recurrence leaves of "
