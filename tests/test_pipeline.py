@@ -407,6 +407,8 @@ def test_a_file_that_cannot_grow_stops_with_3(chats: Path, tmp_path: Path) -> No
 
 def test_the_report_is_one_offline_page(finished: Path, tmp_path: Path) -> None:
     page = (finished / "report.html").read_text()
+    # the name once, then what it is
+    assert "a: convex cell, sequence scope, 2 blocks, preset convex" in page
     # four of Phase 1 and 2, four of the final contexts, a map and its cosines a block
     assert page.count("<svg") == 4 + 4 + 2 * 2
     # pictures lie in the page itself

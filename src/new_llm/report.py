@@ -100,7 +100,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _describe(run: RunRecord) -> dict[str, Any]:
     """Return what a run is and its verdicts in words, the final model's first."""
     model = run.record["config"]["model"]
-    kind = f"{model['cell']} cell, {model['scope']} scope, {model['num_blocks']} block(s)"
+    blocks = "1 block" if model["num_blocks"] == 1 else f"{model['num_blocks']} blocks"
+    kind = [f"{model['cell']} cell", f"{model['scope']} scope", blocks]
     verdicts = [
         {
             "where": f"{when}, {scope} scope",
@@ -115,7 +116,8 @@ def _describe(run: RunRecord) -> dict[str, Any]:
     ailing = list(dict.fromkeys(name for name in final if name != "healthy"))
     return {
         "name": run.name,
-        "kind": f"{run.record['config']['preset']}: {kind}",
+        # the preset last: a run is often named after it, and stands before this
+        "kind": ", ".join([*kind, f"preset {run.record['config']['preset']}"]),
         "level": _level(final),
         "headline": f"Not healthy: {', '.join(ailing)}" if ailing else "Healthy",
         "verdicts": verdicts,

@@ -46,6 +46,11 @@ CAPTIONS = {
     "long, losses": "The default on all cores; nats a token on held-out dialogues, counts on the "
     "same training tokens.",
     "long, memory": "As above, of this model.",
+    "tasks, forgetting": "Two texts that differ in their first token alone, whose right answers "
+    "differ for ever: how far their contexts are apart once so many tokens have been read, as a "
+    "share of what it was after the first; medians over 128 pairs, then over seeds. `left until` "
+    "is the last of these lengths at which a hundredth is left, seed by seed. The trainings are "
+    "those of the tables above, made again.",
     "tasks": "The longest distance up to which nine in ten answers are right, seed by seed, and "
     "the mean shares of right answers: a column of 16 is of distances from 13 to 16, one of 32 "
     "from 25, and so on; of copy of that distance alone. "

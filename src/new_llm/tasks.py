@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import permutations
+from itertools import chain, permutations
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,12 @@ CHOSEN_ON, SCORED_ON = 1_000_001, 1_000_002
 _POSITIONS, _FEWEST, _MOST = 1 << 17, 64, 1024
 # positions that are read side by side
 _SIDE_BY_SIDE = 1 << 15
+# tasks whose first token counts for ever, and models whose contexts are looked at for it
+LASTING = ("parity", "S3")
+CARRYING = ("convex", "convex, W_c = 0", "convex, no limit", "lstm", "gru")
+# of a difference between two contexts; less counts as lost
+LEFT = 0.01
+_TWINS = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,6 +215,48 @@ def learned(
         NonFiniteError: the loss became NaN.
     """
     begun_at = time.perf_counter()
+    made = _trained(task, model, training, seed, device)
+    seconds = time.perf_counter() - begun_at
+    found = by_distance(made, TASKS[task], seed=asked_seed, longest=LONGEST)
+    cells = made.cells() if isinstance(made, NewLLM) else []
+    q2 = [cell.coupling()["q2"] for cell in cells if isinstance(cell, ConvexCell)]
+    return {
+        "parameters": num_parameters(made),
+        "carried": num_carried(made),
+        "q2": max(q2) if q2 else None,
+        "seconds": seconds,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "device": device_name(device),
+        "accuracy": {str(distance): share for distance, (share, _) in found.items()},
+        "error": {str(distance): error for distance, (_, error) in found.items()},
+    }
+
+
+def forgotten(
+    *,
+    task: str,
+    model: Numbers,
+    training: Numbers,
+    seed: int,
+    asked_seed: int,
+    device: str = "cpu",
+) -> Numbers:
+    """Train as `solved` does; return what is left of the first token, by the tokens after it."""
+    try:
+        made = _trained(task, model, training, seed, device)
+    except NonFiniteError as error:
+        return {"diverged": str(error)}
+    left = what_is_left(made, TASKS[task], seed=asked_seed, longest=LONGEST)
+    return {
+        "left": {str(distance): share for distance, share in left.items()},
+        "torch": torch.__version__,
+        "device": device_name(device),
+    }
+
+
+def _trained(task: str, model: Numbers, training: Numbers, seed: int, device: str) -> LanguageModel:
+    """Return a model trained on a task, as `learned` says."""
     chosen, config = TASKS[task], Phase2Config(**training)
     torch.manual_seed(seed)
     torch.backends.cudnn.allow_tf32 = False
@@ -235,22 +283,7 @@ def learned(
         torch.nn.utils.clip_grad_norm_(made.parameters(), config.gradient_clip)
         for optimiser in optimisers:
             optimiser.step()
-    made.eval()
-    seconds = time.perf_counter() - begun_at
-    found = by_distance(made, chosen, seed=asked_seed)
-    cells = made.cells() if isinstance(made, NewLLM) else []
-    q2 = [cell.coupling()["q2"] for cell in cells if isinstance(cell, ConvexCell)]
-    return {
-        "parameters": num_parameters(made),
-        "carried": num_carried(made),
-        "q2": max(q2) if q2 else None,
-        "seconds": seconds,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "device": device_name(device),
-        "accuracy": {str(distance): share for distance, (share, _) in found.items()},
-        "error": {str(distance): error for distance, (_, error) in found.items()},
-    }
+    return made.eval()
 
 
 def num_carried(model: LanguageModel) -> int | None:
@@ -267,7 +300,7 @@ def num_carried(model: LanguageModel) -> int | None:
 
 @torch.no_grad()
 def by_distance(
-    model: LanguageModel, task: Task, *, seed: int, longest: int = LONGEST
+    model: LanguageModel, task: Task, *, seed: int, longest: int
 ) -> dict[int, tuple[float, float]]:
     """Return shares of right answers and their standard errors over texts, by distance.
 
@@ -303,15 +336,35 @@ def _answers(model: LanguageModel, examples: Examples, edge: int) -> Tensor:
     return torch.stack([right.sum(dim=1), far.sum(dim=1)]).cpu()
 
 
-def holds_until(accuracy: dict[str, float]) -> int:
-    """Return the distance up to which at least nine in ten answers are right, 0 for none.
+@torch.no_grad()
+def what_is_left(model: LanguageModel, task: Task, *, seed: int, longest: int) -> dict[int, float]:
+    """Return how much is left of what the first token changed, by the number of tokens read.
+
+    Pairs of texts differ in their first token alone. What is left is the distance of their contexts
+    as a share of what it was after that token, a median over pairs: of a contraction it tends to
+    zero, though in each of `LASTING` the right answers differ for ever.
+    """
+    texts = task.draw(longest, _TWINS, torch.Generator().manual_seed(seed)).ids
+    twins = texts.clone()
+    twins[:, 0] = (twins[:, 0] + 1) % task.vocab_size
+    ids = torch.cat([texts, twins]).to(model.readout.weight.device)
+    context, read, apart = model.initial_context(len(ids)), 0, {}
+    for edge in (1, *(1 << k for k in range(3, longest.bit_length()))):
+        context = model(ids[:, read:edge], context).context
+        one, other = context.flatten(1).double().chunk(2)
+        apart[edge], read = (one - other).norm(dim=1), edge
+    return {edge: (each / apart[1]).median().item() for edge, each in apart.items() if edge > 1}
+
+
+def holds_until(shares: dict[str, float], least: float = HELD) -> int:
+    """Return the distance up to which every share is no less, 0 for none.
 
     >>> holds_until({"8": 1.0, "16": 0.95, "32": 0.4, "64": 0.95})
     16
     """
     held = 0
-    for distance, share in accuracy.items():
-        if share < HELD:
+    for distance, share in shares.items():
+        if share < least:
             break
         held = int(distance)
     return held
@@ -348,8 +401,10 @@ class LongMemory:
             num_workers=self.num_workers,
         ) as runner:
 
-            def solve(title: str, asked: list[Numbers]) -> Iterator[Numbers]:
-                return iter(runner.run(title, solved, asked, places={"device": self.device}))
+            def solve(
+                title: str, asked: list[Numbers], trial: Callable[..., Numbers] = solved
+            ) -> Iterator[Numbers]:
+                return iter(runner.run(title, trial, asked, places={"device": self.device}))
 
             # a first seed chooses how each begins and its learning rate, for all seeds
             tried = solve(
@@ -361,15 +416,23 @@ class LongMemory:
             for pair, each in ways.items():
                 reached = [_reached(next(tried)) for _ in each]
                 best[pair] = each[reached.index(max(reached))]
-            found = solve(
-                "long memory",
-                [self._arguments(pair[0], *way, 1 + seed, SCORED_ON)
-                 for pair, way in best.items() for seed in range(self.num_seeds)],
-            )  # fmt: skip
-            return [
+            seeds = {
+                pair: [self._arguments(pair[0], *way, 1 + seed, SCORED_ON)
+                       for seed in range(self.num_seeds)]
+                for pair, way in best.items()
+            }  # fmt: skip
+            found = solve("long memory", [*chain(*seeds.values())])
+            rows = [
                 _row(*pair, *way, [next(found) for _ in range(self.num_seeds)])
                 | {"steps": self._steps(pair[0])}
                 for pair, way in best.items()
+            ]
+            # weights are not kept: the same trainings again
+            asked = {pair: each for pair, each in seeds.items()
+                     if pair[0] in LASTING and pair[1] in CARRYING}  # fmt: skip
+            left = solve("what is left", [*chain(*asked.values())], forgotten)
+            return rows + [
+                _row_left(*pair, [next(left) for _ in range(self.num_seeds)]) for pair in asked
             ]
 
     def _steps(self, task: str) -> int:
@@ -465,3 +528,20 @@ def _row(
     )
     return row | {"seconds": statistics.median(n["seconds"] for n in ended) if ended else None,
                   "trained on": places_of(ended)}  # fmt: skip
+
+
+def _row_left(task: str, name: str, found: list[Numbers]) -> Numbers:
+    """Return one row: until where two contexts stay apart, seed by seed, and medians of how far."""
+    ended = [numbers for numbers in found if "diverged" not in numbers]
+    row: Numbers = {
+        "table": "forgetting",
+        "task": task,
+        "model": name,
+        "left until": [
+            None if "diverged" in numbers else holds_until(numbers["left"], least=LEFT)
+            for numbers in found
+        ],
+    }
+    for distance in ended[0]["left"] if ended else ():
+        row[distance] = statistics.median(numbers["left"][distance] for numbers in ended)
+    return row | {"trained on": places_of(ended)}
