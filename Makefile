@@ -20,10 +20,11 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed
 	$(BIN)/new-llm run demo --out $(RUN)
 
+# SLOW=1 adds kills, several processes, compilers, whole trainings
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(SLOW),,-m "not slow")
 
-# 30 kills, 200 flipped bytes, 10,000 odd inputs; `make test` has the same in a short form
+# 30 kills, 200 flipped bytes, 10,000 odd inputs; `make test SLOW=1` has the same in a short form
 faults: $(VENV)/.installed
 	NEW_LLM_FAULTS=30 NEW_LLM_FUZZ=5 $(BIN)/python -m pytest -n 2 --dist loadgroup \
 		tests/test_faults.py tests/test_fuzz.py tests/test_distributed.py tests/test_streaming.py

@@ -140,7 +140,7 @@ def test_a_divided_model_trains_as_a_whole_one_and_is_saved_whole(
 SHARDED = """
 import sys
 from new_llm import cache, cli
-cache.SHARD_BYTES = 20_000
+cache.SHARD_BYTES = 200_000
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -149,8 +149,8 @@ sys.exit(cli.main(sys.argv[1:]))
 def test_all_processes_write_the_shards_of_one_cache(talks: Path, tmp_path: Path) -> None:
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
-    arguments = ["--data", str(talks), *QUICK, "--phase2.freeze-context", "--track", "none",
-                 "--out"]  # fmt: skip
+    arguments = ["--data", str(talks), *QUICK, "--phase1.max-steps", "5", "--gate", "seed",
+                 "--phase2.freeze-context", "--track", "none", "--out"]  # fmt: skip
     assert cli.main(["phase1", *arguments, str(tmp_path / "1")]) == 0
     shutil.copytree(tmp_path / "1", tmp_path / "2")
     for count in (1, 2):
@@ -178,8 +178,10 @@ def children(process: "subprocess.Popen[str]") -> list[int]:
 def test_a_process_that_dies_ends_the_run_and_the_same_command_goes_on(
     count: int, talks: Path, tmp_path: Path
 ) -> None:
-    arguments = ["--data", str(talks), *QUICK, "--phase2.max-steps", "300", "--phase2.evaluations",
-                 "0", "--phase2.checkpoint-seconds", "1", "--track", "none"]  # fmt: skip
+    steps, seconds = ("300", "1") if LONG else ("100", "0.2")
+    arguments = ["--data", str(talks), *QUICK, "--phase1.max-steps", "5", "--gate", "seed",
+                 "--phase2.max-steps", steps, "--phase2.evaluations", "0",
+                 "--phase2.checkpoint-seconds", seconds, "--track", "none"]  # fmt: skip
     launch(count, ["run", *arguments, "--out", str(tmp_path / "whole")])
     out = tmp_path / "broken"
     process = start(torchrun(count, "-m", "new_llm", "run", *arguments, "--out", str(out)))
