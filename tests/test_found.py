@@ -375,6 +375,21 @@ def benchmark() -> ModuleType:
     return module
 
 
+@pytest.mark.parametrize(("before", "after", "known"), [(1, 1, False), (2, 2, True), (2, 1, False)])
+def test_a_session_that_may_have_begun_with_an_interrupted_text_is_left(
+    before: int, after: int, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = benchmark()
+    options = load.Options(checkpoint=Path("none"), data="none")
+    client = load.Client(0, "http://nobody", [["hello"]], options, load.Figures())
+    monkeypatch.setattr(client, "turns", lambda name: before)
+    monkeypatch.setattr(client, "leave", lambda *given, **named: None)
+    monkeypatch.setattr(client, "expect", lambda *given: {"turns": after})
+    said = ["what", "was", "said"]
+    client.interrupt("a session", said, 1.0)
+    assert bool(said) == known
+
+
 @pytest.mark.slow
 def test_clients_of_all_manners_get_what_they_get_alone(
     folder: Path, chats: Path, tmp_path: Path
