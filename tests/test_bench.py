@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from new_llm.bench import BENCHES, LONG, TAKEN, _command, run_bench
 from new_llm.cli import main
 from new_llm.console import Console, format_cell
 from new_llm.files import alone, remove_folder
+from new_llm.results import write_page
 from new_llm.speed import Bench
 
 SMALL = {"lengths": "16 64", "batches": "1 2", "tokens": "12000", "width": "64"}
@@ -262,3 +264,29 @@ def test_the_command_beside_a_table_says_what_was_asked() -> None:
     assert _command("quality", replace(asked, lengths=plain.lengths)) == (
         "new-llm bench quality --data ultrachat --width 16 --out DIR"
     )
+
+
+def test_the_figure_of_memory_tells_its_models_apart(tmp_path: Path) -> None:
+    models = {"quality": ["convex", "lstm", "gru", "mingru", "gpt", "mamba"], "long": ["convex"]}
+    results = {
+        bench: {
+            "rows": [
+                {"table": "memory", "model": model, "part": part, "tokens kept": kept,
+                 "by past": {"16": 0.1 + place / 100, "64": 0.2, "256": 0.3}}
+                for place, model in enumerate(names) for part in ("chats", "ultrachat")
+                for kept in (16, 128)
+            ],
+            "threads": 1, "versions": {}, "device": "cpu", "command": f"new-llm bench {bench}",
+        }
+        for bench, names in models.items()
+    }  # fmt: skip
+    write_page(tmp_path / "page.md", results)
+    figure = (tmp_path / "page-memory.svg").read_text()
+    assert "(page-memory.svg)" in (tmp_path / "page.md").read_text()
+    named = [*models["quality"], "convex (long)"]
+    assert [figure.count(f">{name}</text>") for name in named] == [1] * len(named)
+    # a line a model in each of four panels and in the legend, each model in a colour of its own
+    lines = re.findall(r"fill: none; ([^\"]*)stroke: (#[0-9a-f]{6}); stroke-width: 1.5", figure)
+    counts = Counter(colour for _, colour in lines)
+    assert len(counts) == len(named) and {*counts.values()} == {5}
+    assert sum("dash" in style for style, _ in lines) == 5
