@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from new_llm.config import Phase2Config, to_dict
 from new_llm.console import Console
+from new_llm.errors import NonFiniteError
 from new_llm.model import num_parameters
 from new_llm.quality import PEERS, build
 from new_llm.tasks import (
@@ -26,6 +27,7 @@ from new_llm.tasks import (
     LongMemory,
     begun,
     by_distance,
+    forgotten,
     holds_until,
     solved,
     what_is_left,
@@ -240,6 +242,22 @@ def test_a_recurrent_peer_learns_parity_and_a_linear_one_does_not(
     assert near["convex, W_c = 0"]["accuracy"]["32"] < 0.8
 
 
+@pytest.mark.parametrize(
+    ("trial", "part"),
+    [(solved, "learned"), (solved, "by_distance"), (forgotten, "learned"),
+     (forgotten, "what_is_left")],
+)  # fmt: skip
+def test_numbers_that_are_not_finite_are_a_result_of_a_trial(
+    trial: Callable[..., dict[str, Any]], part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: object, **named: object) -> None:
+        raise NonFiniteError("NaN in step 3")
+
+    monkeypatch.setattr("new_llm.tasks.learned", lambda **given: None)
+    monkeypatch.setattr(f"new_llm.tasks.{part}", fail)
+    assert trial(task="parity", asked_seed=9) == {"diverged": "NaN in step 3"}
+
+
 @pytest.mark.parametrize("task", [*TASKS])
 def test_each_task_trains_as_long_and_at_such_rates_as_it_says(
     task: str, monkeypatch: pytest.MonkeyPatch
@@ -311,5 +329,5 @@ def test_rows_keep_the_learning_rate_that_holds_longest(
         reached = {way: (holds_until(found), found["64"]) for way, found in first.items()}
         assert reached[row["learning_rate"], row["time-scales"]] == max(reached.values())
         assert len(row["holds until"]) == 2 and row["steps"] == 4
-    monkeypatch.setattr("new_llm.tasks._trained", None)
+    monkeypatch.setattr("new_llm.tasks.learned", None)
     assert asked.run() == rows + forgetting

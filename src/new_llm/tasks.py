@@ -184,40 +184,23 @@ TASKS: dict[str, Task] = {
 }
 
 
-def solved(**given: Any) -> Numbers:
-    """Return what `learned` gives, or that its numbers became NaN or infinite."""
-    try:
-        return learned(**given)
-    except NonFiniteError as error:
-        return {"diverged": str(error)}
-
-
-def learned(
-    *,
-    task: str,
-    model: Numbers,
-    training: Numbers,
-    seed: int,
-    asked_seed: int,
-    device: str = "cpu",
-) -> Numbers:
-    """Train a model on a task; return the share of right answers by distance.
+def solved(*, asked_seed: int, **given: Any) -> Numbers:
+    """Train a model with `learned`; return the share of right answers by distance.
 
     Args:
-        task: of `TASKS`.
-        model: fields of `ModelConfig` or `PeerConfig`.
-        training: fields of `Phase2Config`, of which steps, batch and optimiser count.
-        seed: of weights and texts, which are drawn on the CPU.
-        asked_seed: of the texts that are asked about afterwards.
-        device: of PyTorch.
+        asked_seed: of the texts that are asked about.
+        given: what `learned` is given.
 
-    Raises:
-        NonFiniteError: the loss became NaN.
+    Returns:
+        Shares, their errors and what was trained; or that its numbers became NaN or infinite.
     """
     begun_at = time.perf_counter()
-    made = _trained(task, model, training, seed, device)
-    seconds = time.perf_counter() - begun_at
-    found = by_distance(made, TASKS[task], seed=asked_seed, longest=LONGEST)
+    try:
+        made = learned(**given)
+        seconds = time.perf_counter() - begun_at
+        found = by_distance(made, TASKS[given["task"]], seed=asked_seed, longest=LONGEST)
+    except NonFiniteError as error:
+        return {"diverged": str(error)}
     cells = made.cells() if isinstance(made, NewLLM) else []
     q2 = [cell.coupling()["q2"] for cell in cells if isinstance(cell, ConvexCell)]
     return {
@@ -227,36 +210,45 @@ def learned(
         "seconds": seconds,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "device": device_name(device),
+        "device": _device_of(made),
         "accuracy": {str(distance): share for distance, (share, _) in found.items()},
         "error": {str(distance): error for distance, (_, error) in found.items()},
     }
 
 
-def forgotten(
-    *,
-    task: str,
-    model: Numbers,
-    training: Numbers,
-    seed: int,
-    asked_seed: int,
-    device: str = "cpu",
-) -> Numbers:
+def forgotten(*, asked_seed: int, **given: Any) -> Numbers:
     """Train as `solved` does; return what is left of the first token, by the tokens after it."""
     try:
-        made = _trained(task, model, training, seed, device)
+        made = learned(**given)
+        left = what_is_left(made, TASKS[given["task"]], seed=asked_seed, longest=LONGEST)
     except NonFiniteError as error:
         return {"diverged": str(error)}
-    left = what_is_left(made, TASKS[task], seed=asked_seed, longest=LONGEST)
     return {
         "left": {str(distance): share for distance, share in left.items()},
         "torch": torch.__version__,
-        "device": device_name(device),
+        "device": _device_of(made),
     }
 
 
-def _trained(task: str, model: Numbers, training: Numbers, seed: int, device: str) -> LanguageModel:
-    """Return a model trained on a task, as `learned` says."""
+def _device_of(model: LanguageModel) -> str:
+    return device_name(str(model.readout.weight.device))
+
+
+def learned(
+    *, task: str, model: Numbers, training: Numbers, seed: int, device: str = "cpu"
+) -> LanguageModel:
+    """Return a model trained on a task.
+
+    Args:
+        task: of `TASKS`.
+        model: fields of `ModelConfig` or `PeerConfig`.
+        training: fields of `Phase2Config`, of which steps, batch and optimiser count.
+        seed: of weights and texts, which are drawn on the CPU.
+        device: of PyTorch.
+
+    Raises:
+        NonFiniteError: the loss became NaN.
+    """
     chosen, config = TASKS[task], Phase2Config(**training)
     torch.manual_seed(seed)
     torch.backends.cudnn.allow_tf32 = False
